@@ -1,0 +1,10 @@
+"""qtune: one recipe in, one measured model out.
+
+`import qtune` registers the quantizer with transformers and the adapter layer with PEFT, so that
+quantized folders load with `AutoModelForCausalLM.from_pretrained`. The registration waits until
+transformers is imported: the command line answers `--help` without it.
+"""
+
+from qtune.registration import install
+
+install()

@@ -1,0 +1,1 @@
+"""Conversations in: sources, checks, templates and masks, lint, batches and their order."""

@@ -1,0 +1,63 @@
+"""`adapter`: a plain PEFT folder, which loads onto the original 16-bit model without qtune.
+
+On that base it is not exactly the model that was trained, whose base was quantized: the table of a
+run says what the difference costs. Embeddings are written only where they were trained.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import save_file
+
+from qtune.export.folder.load import load_adapter, load_model
+from qtune.export.folder.trained import Form, Trained
+from qtune.recipe import Recipe
+
+
+class AdapterExporter:
+    """Writes adapter_config.json and adapter_model.safetensors."""
+
+    consumer = "peft"
+
+    def check(self, recipe: Recipe, form: Form = "pair") -> list[str]:
+        """Nothing: every run has an adapter."""
+        return []
+
+    def size_bytes(self, trained: Trained) -> int:
+        """The bytes of the adapter's tensors."""
+        state = get_peft_model_state_dict(trained.model, save_embedding_layers=False)
+        return sum(tensor.nbytes for tensor in state.values())
+
+    def write(self, trained: Trained, folder: Path) -> dict[str, Any]:
+        """Write the adapter."""
+        write_adapter(trained.model, folder, base_name(trained), trained.recipe.revision)
+        return {"form": "adapter"}
+
+    def load(self, folder: Path, base_folder: Path, device: torch.device) -> PeftModel:
+        """The adapter on the 16-bit base, as PEFT loads it."""
+        return load_adapter(load_model(base_folder, device), folder)
+
+
+def write_adapter(model: PeftModel, folder: Path, base: str, revision: str | None) -> None:
+    """Write the active adapter as a PEFT folder that names `base` as its base model."""
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    if Path(base).expanduser().is_dir():
+        base = str(Path(base).expanduser().absolute())
+    config = copy.copy(model.active_peft_config)
+    config.base_model_name_or_path, config.revision, config.inference_mode = base, revision, True
+    config.save_pretrained(folder)
+
+
+def base_name(trained: Trained) -> str:
+    """What PEFT loads the base from: the recipe's model, or the folder made of its file."""
+    model = trained.recipe.model
+    made_of_file = Path(model).expanduser().is_file() or model.startswith("pypi:")
+    return str(trained.base_folder) if made_of_file else model
+
+
+EXPORTER = AdapterExporter()

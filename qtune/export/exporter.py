@@ -1,0 +1,138 @@
+"""What an exporter is, how it is found, and how a folder is written so that it is whole or not
+there.
+
+An exporter is one file in this folder whose name is the word used in recipes. Quantized exports
+have two forms. `pair`, the default, is the frozen base bit for bit beside the adapter: together
+exactly the trained model. `merged` is one model, the adapter merged into the original 16-bit
+weights and quantized once, which loses something. A merge onto dequantized weights is never
+quantized again: that rounds the adapter away.
+"""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from qtune.errors import UserError
+from qtune.export.adapter import write_adapter
+from qtune.export.folder import companions, manifest
+from qtune.export.folder.trained import Form, Trained
+from qtune.recipe import Recipe
+
+__all__ = ["Exporter", "Form", "Trained", "check", "export", "exporter_names", "load_exporter", "write_run_adapter"]
+
+HELPERS = {"exporter", "verify"}
+
+
+class Exporter(Protocol):
+    """One export format. `consumer` is the library that loads the folder."""
+
+    consumer: str
+
+    def check(self, recipe: Recipe, form: Form = "pair") -> list[str]:
+        """Why a run of this recipe cannot be exported so; asked before training. Empty: it can."""
+        ...
+
+    def size_bytes(self, trained: Trained) -> int:
+        """About how much the weights will take on disk."""
+        ...
+
+    def write(self, trained: Trained, folder: Path) -> dict[str, Any]:
+        """What qtune.json says of the form, once weights and configuration are in the folder."""
+        ...
+
+    def load(
+        self, folder: Path, base_folder: Path, device: torch.device
+    ) -> PreTrainedModel | PeftModel:
+        """The model as its consumer loads it. Raises UserError where that is not installed."""
+        ...
+
+
+def exporter_names() -> list[str]:
+    """The words for exports in a recipe: the file names in this folder."""
+    return sorted({p.stem for p in Path(__file__).parent.glob("[!_]*.py")} - HELPERS)
+
+
+def load_exporter(name: str) -> Exporter:
+    """The exporter of that name; raises UserError for an unknown one."""
+    if name not in exporter_names():
+        raise UserError(f"unknown export '{name}'; there are: {', '.join(exporter_names())}")
+    found: Exporter = import_module(f"qtune.export.{name}").EXPORTER
+    return found
+
+
+def check(recipe: Recipe, names: tuple[str, ...], form: Form = "pair") -> None:
+    """Raises UserError with every reason why a run of this recipe cannot be exported so."""
+    problems = [f"export {n}: {why}" for n in names for why in load_exporter(n).check(recipe, form)]
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def export(name: str, trained: Trained, folder: Path) -> Path:
+    """`folder`, written whole: weights, configuration, tokenizer and all that goes along, and
+    qtune.json.
+
+    An earlier export in its place is replaced at the end. Raises UserError where the run cannot be
+    exported so, the disk is too small, or the folder holds something else.
+    """
+    exporter = load_exporter(name)
+    check(trained.recipe, (name,), trained.form)
+    with _in_place_of(folder, manifest.NAME) as partial:
+        need_space(partial, exporter.size_bytes(trained))
+        form = exporter.write(trained, partial)
+        companions.write(trained.base_folder, trained.tokenizer, partial)
+        manifest.write(partial, trained, {"export": name, "consumer": exporter.consumer} | form)
+    return folder
+
+
+def write_run_adapter(
+    model: PeftModel, folder: Path, base: str, revision: str | None = None
+) -> None:
+    """Write the adapter of a run as a PEFT folder for the model named `base`, whole or not at all."""
+    with _in_place_of(folder, "adapter_config.json") as partial:
+        write_adapter(model, partial, base, revision)
+
+
+def need_space(folder: Path, size_bytes: int) -> None:
+    """Raises UserError unless the disk of `folder` has room for `size_bytes`."""
+    missing = size_bytes - shutil.disk_usage(folder).free
+    if missing > 0:
+        raise UserError(
+            f"the disk of {folder.parent} is too small: this export takes {size_bytes:,} bytes and "
+            f"{missing:,} are missing; make room, or export fewer forms"
+        )
+
+
+@contextmanager
+def _in_place_of(folder: Path, mark: str) -> Iterator[Path]:
+    """An empty folder that becomes `folder` at the end, or is removed if anything goes wrong.
+
+    One that is there is replaced only if it has the file `mark`, which says that it is ours.
+    """
+    if folder.exists() and not (folder / mark).is_file():
+        raise UserError(
+            f"{folder} exists and was not written by qtune; move it away or choose another folder"
+        )
+    partial, old = (folder.with_name(f".{folder.name}.{word}") for word in ("partial", "old"))
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be written ({error.strerror}); choose another run folder"
+        ) from error
+    try:
+        yield partial
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,119 @@
+"""The tensors of a quantized export in either form, for exporters that say how one layer is
+written.
+
+`pair`: the frozen base with the very codes that were trained on; the adapter goes beside it.
+`merged`: the adapter merged into the original weights, which are then quantized once.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from qtune.export.adapter import base_name, write_adapter
+from qtune.export.folder.shards import write_shards
+from qtune.export.folder.trained import Trained
+from qtune.model.checkpoint import Names, bare_name, distinct_tensors
+from qtune.model.merge import merged_tensors, quant_layers, untied
+from qtune.quant.linear import TENSORS, QuantLinear
+
+# the tensors of a layer, by full name, given its name with the dot
+Encode = Callable[[str, QuantLinear], Iterator[tuple[str, Tensor]]]
+
+
+def write_quantized(
+    trained: Trained, folder: Path, encode: Encode, format_name: str, group_size: int
+) -> None:
+    """Write the weights, and in the pair form the adapter, of `trained` into `folder`.
+
+    `format_name` and `group_size` say how layers of the merged form are quantized.
+    """
+    if trained.form == "pair":
+        write_shards(_pair(trained, encode), folder)
+        (folder / "adapter").mkdir()
+        write_adapter(
+            trained.model, folder / "adapter", base_name(trained), trained.recipe.revision
+        )
+    else:
+        write_shards(_merged(trained, encode, format_name, group_size), folder)
+
+
+def quantized_bytes(trained: Trained) -> int:
+    """An upper bound of what either form takes: everything the model holds in memory."""
+    parameters = trained.model.parameters()
+    return sum(p.nbytes for p in parameters)
+
+
+def dense_linears(trained: Trained) -> list[str]:
+    """Names of the linear layers that stay in 16 bits."""
+    chosen = {name.removesuffix(".weight") for name in quantized_weights(trained)}
+    return sorted(name for name in _linears(trained.model) if name not in chosen)
+
+
+def quantized_weights(trained: Trained) -> set[str]:
+    """Names, in the model, of weights to quantize: those that were, or would be by the recipe."""
+    present = quant_layers(trained.model)
+    if present:
+        return set(present)
+    skip = list(trained.recipe.quant.skip)
+    linears = _linears(trained.model).items()
+    return {
+        f"{n}.weight"
+        for n, layer in linears
+        if type(layer) is nn.Linear and should_convert_module(n, skip)
+    }
+
+
+def config_changes(trained: Trained) -> dict[str, object]:
+    """What both quantized exports change in config.json beside their own entry."""
+    changes: dict[str, object] = {"dtype": str(trained.dtype).removeprefix("torch.")}
+    splits = trained.form == "merged" and untied(trained.model)
+    return changes | ({"tie_word_embeddings": False} if splits else {})
+
+
+def form_of(trained: Trained) -> dict[str, object]:
+    """What qtune.json says of the form of a quantized export."""
+    return {"form": "pair"} if trained.form == "pair" else {"form": "merged", "onto": "original"}
+
+
+def _pair(trained: Trained, encode: Encode) -> Iterator[tuple[str, Tensor]]:
+    names, layers = Names.of(trained.base), quant_layers(trained.model)
+    codes = {name.removesuffix("weight") + leaf for name in layers for leaf in TENSORS[1:]}
+    for stored, name, tensor in distinct_tensors(trained.base_folder, names):
+        if name in codes:
+            continue
+        if name in layers:
+            yield from encode(stored.removesuffix("weight"), layers[name])
+        else:
+            yield stored, tensor.to(trained.round_to) if tensor.dtype == torch.float32 else tensor
+
+
+def _merged(
+    trained: Trained, encode: Encode, format_name: str, group_size: int
+) -> Iterator[tuple[str, Tensor]]:
+    names, chosen = Names.of(trained.base), quantized_weights(trained)
+    for stored, tensor in merged_tensors(
+        trained.base_folder, trained.model, "original", round_to=trained.round_to
+    ):
+        if names.in_model(stored) not in chosen:
+            yield stored, tensor
+            continue
+        dense = nn.Linear(tensor.shape[1], tensor.shape[0], bias=False, device="meta")
+        dense.weight = nn.Parameter(tensor, requires_grad=False)
+        yield from encode(
+            stored.removesuffix("weight"), QuantLinear.from_linear(dense, format_name, group_size)
+        )
+
+
+def _linears(model: PeftModel) -> dict[str, nn.Module]:
+    """Linear layers of the base by name, adapters aside."""
+    found: dict[str, nn.Module] = {}
+    for name, layer in model.get_base_model().named_modules():
+        own = ".lora_" not in name and ".modules_to_save" not in name
+        if own and isinstance(layer, (nn.Linear, Conv1D)):
+            found[bare_name(f"{name}.weight").removesuffix(".weight")] = layer
+    return found

@@ -1,0 +1,1 @@
+"""The model: sources, loading, adapters, attention, merging."""

@@ -1,0 +1,104 @@
+"""Causal attention over samples that lie one behind the other in a single row, none seeing another.
+
+Batches are rows without padding: `position_ids` restart at every sample, and `sample_lengths` says how long each
+is. Only here, where positions meet, the samples are laid side by side and filled up to the longest; under a
+causal mask the filling is never seen. Where lengths differ too much for that, each sample gets its own call. On
+the CPU attention runs in float32: there PyTorch's bf16 kernels take three times as long, mostly backward.
+
+Without `sample_lengths` (generation, ordinary padded batches) the call goes to transformers' SDPA path unchanged,
+masks and caches included.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "qtune_packed"
+# most positions of the boxes laid side by side, over the tokens there are
+MOST_FILLING = 1.5
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    sample_lengths: Sequence[int] | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention [1, T, H, D] of query [1, H, T, D] and key, value [1, H or fewer, T, D]."""
+    if sample_lengths is None:
+        return sdpa_attention_forward(  # type: ignore[no-any-return]
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout,
+            sliding_window=sliding_window, **kwargs,
+        )  # fmt: skip
+    call = partial(_causal, scale=scaling, dropout=dropout, window=sliding_window)
+    wide = torch.float32 if query.device.type == "cpu" else query.dtype
+    q, k, v = (t[0].transpose(0, 1).to(wide) for t in (query, key, value))  # [T, H, D]
+    sizes = list(sample_lengths)
+    if max(sizes) * len(sizes) <= MOST_FILLING * sum(sizes):
+        y = _side_by_side(call, q, k, v, sizes)
+    else:
+        parts = zip(*(t.split(sizes) for t in (q, k, v)), strict=True)
+        y = torch.cat([_side_by_side(call, *part, [len(part[0])]) for part in parts])
+    return y.to(query.dtype).unsqueeze(0), None
+
+
+def _side_by_side(
+    call: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, sizes: list[int]
+) -> Tensor:
+    """Attention [T, H, D] within samples of the given sizes, in one call over [S, H, longest, D]."""
+    longest = max(sizes)
+    if min(sizes) == longest:
+        boxes = [t.unflatten(0, (len(sizes), longest)) for t in (q, k, v)]
+        return call(*(box.transpose(1, 2) for box in boxes)).transpose(1, 2).flatten(0, 1)
+    boxes = [pad_sequence(t.split(sizes), batch_first=True) for t in (q, k, v)]
+    y = call(*(box.transpose(1, 2) for box in boxes)).transpose(1, 2)
+    return torch.cat([part[:size] for part, size in zip(y, sizes, strict=True)])
+
+
+def _causal(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, dropout: float, window: int | None
+) -> Tensor:
+    """Causal attention [S, H, T, D], each query seeing at most `window` keys."""
+    mask = None
+    if window is not None and q.shape[2] > window:
+        at = torch.arange(q.shape[2], device=q.device)
+        distance = at[:, None] - at[None, :]
+        mask = (distance >= 0) & (distance < window)
+    return scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, dropout_p=dropout, enable_gqa=True
+    )  # fmt: skip
+
+
+def packed_inputs(position_ids: Tensor, sample_lengths: Sequence[int]) -> dict[str, Any]:
+    """Keyword arguments that make a model's forward see a packed row [1, T] as separate samples.
+
+    The mask is 4-D, so that transformers builds none of its own [T, T], and hides everything, so that a model
+    that does not come by `packed_attention` shows it at once.
+    """
+    return {
+        "position_ids": position_ids,
+        "sample_lengths": tuple(sample_lengths),
+        "attention_mask": torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=position_ids.device),
+        "use_cache": False,
+    }
+
+
+def register() -> None:
+    """Make transformers know `attn_implementation="qtune_packed"`; calling it again changes nothing."""
+    AttentionInterface.register(NAME, packed_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)

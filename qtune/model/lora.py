@@ -1,0 +1,172 @@
+"""LoRA (arXiv 2106.09685) on a QuantLinear, inside PEFT's own layer class.
+
+PEFT finds this class through every LoraConfig, so adapters are made, saved, loaded, merged and swapped by PEFT as
+always. Where one plain adapter is active, forward and backward run as one autograd function: it keeps x, the
+R-wide product x A^T and codes, adds in place, and casts the small adapter matrices to the dtype of x instead of
+casting x to theirs. Everything else (DoRA, dropout in training, several adapters) takes PEFT's path.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora.layer import Linear as PeftLoraLinear
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+
+from qtune.quant.linear import TENSORS, QuantLinear
+from qtune_kernels.linear import linear, linear_dx
+
+# starts that read the base weight, which PEFT can only do on a dense one
+READS_WEIGHT = ("pissa", "olora", "corda", "loftq", "mica", "orthogonal")
+
+
+class _LoraFunction(torch.autograd.Function):
+    """y = x W^T + b + scaling (x A^T) B^T with W in codes; gradients for x, A and B."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, a: Tensor, b: Tensor, scaling: float, base: QuantLinear
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        packed, scales = base.quant_weight
+        bias = None if base.bias is None else base.bias.to(x.dtype)
+        weight = (packed, *scales, base.format.levels, base.group_size)
+        y = linear(rows, *weight, base.out_features, bias)
+        h = rows @ a.to(x.dtype).T
+        y.addmm_(h, b.to(x.dtype).T, alpha=scaling)
+        ctx.save_for_backward(x, a, b, h, packed, *scales)
+        ctx.scaling, ctx.levels, ctx.group_size = scaling, base.format.levels, base.group_size
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, a, b, h, *weight = ctx.saved_tensors
+        rows, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        dh = (dy @ b.to(dy.dtype)).mul_(ctx.scaling)  # [T, R]
+        da = (dh.T @ rows).to(a.dtype)
+        db = (dy.T @ h).mul_(ctx.scaling).to(b.dtype)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = linear_dx(dy, *weight, ctx.levels, ctx.group_size, rows.shape[1])
+            dx = dx.addmm_(dh, a.to(dy.dtype)).view_as(x)
+        return dx, da, db, None, None
+
+
+class QuantLoraLinear(PeftLoraLinear):  # type: ignore[misc]
+    """PEFT's LoRA layer over a QuantLinear."""
+
+    def update_layer(
+        self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any
+    ) -> None:
+        """Add an adapter; a start that reads the base weight sees it dequantized."""
+        start = config.init_lora_weights
+        if isinstance(start, str) and start.lower().split("_niter")[0] in READS_WEIGHT:
+            with _dense_weight(self.get_base_layer()):
+                super().update_layer(
+                    adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs
+                )
+        else:
+            super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """y [..., O] of x [..., I]."""
+        name = self._only_plain_adapter()
+        if name is None or args or kwargs:
+            y: Tensor = super().forward(x, *args, **kwargs)
+            return y
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        return _LoraFunction.apply(x, a, b, self.scaling[name], self.base_layer)  # type: ignore[no-any-return]
+
+    def merged_weight(self, adapter_names: list[str] | None = None) -> Tensor:
+        """Dequantized weight plus the adapters' updates, float32 [O, I]."""
+        weight = self.get_base_layer().dequantize(torch.float32)
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name in self.lora_variant:
+                weight = self.lora_variant[name].merge_safe(self, name, weight)
+            elif name in self.lora_A:
+                weight = weight + self.get_delta_weight(name).float()
+        return weight
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold adapters into the codes in place, which rounds most of a small update away.
+
+        `unmerge` brings the exact codes back. To keep the update, merge into 16 bits (`merge_and_unload`).
+        """
+        base = self.get_base_layer()
+        for name in check_adapters_to_merge(self, adapter_names):
+            weight = self.merged_weight([name])
+            if safe_merge and not torch.isfinite(weight).all():
+                raise ValueError(f"the merged weight of adapter '{name}' is not finite")
+            if not self.merged_adapters:
+                self._unmerged = {key: getattr(base, key) for key in TENSORS}
+            base.quantize(weight)
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Put the codes from before `merge` back."""
+        if self.merged_adapters:
+            for key, tensor in self._unmerged.items():
+                setattr(self.get_base_layer(), key, tensor)
+            del self._unmerged
+            self.merged_adapters.clear()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The layer without adapters: dense in `compute_dtype` with them folded in, or as it was."""
+        base = self.get_base_layer()
+        if not merge:
+            return base  # type: ignore[no-any-return]
+        weight = self.merged_weight(adapter_names)
+        if safe_merge and not torch.isfinite(weight).all():
+            raise ValueError("the merged weight is not finite")
+        dense = nn.Linear(base.in_features, base.out_features, base.bias is not None, device="meta")
+        dense.weight = nn.Parameter(weight.to(base.compute_dtype), requires_grad=False)
+        dense.bias = base.bias
+        return dense
+
+    def _only_plain_adapter(self) -> str | None:
+        """The active adapter, where it is a single one that the fused function computes exactly."""
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if len(active) != 1 or self.disable_adapters or self.merged:
+            return None
+        (name,) = active
+        drops = self.training and not isinstance(self.lora_dropout[name], nn.Identity)
+        plain = not (drops or name in self.lora_variant or self.lora_bias[name])
+        return name if plain else None
+
+
+def register() -> None:
+    """Make every LoraConfig know QuantLoraLinear; calling it again changes nothing.
+
+    PEFT neither saves the mapping of custom layers nor asks anybody for it when it loads an adapter, so it is set
+    whenever a LoraConfig is made.
+    """
+    original = LoraConfig.__post_init__
+    if getattr(original, "knows_qtune", False):
+        return
+
+    def post_init(self: LoraConfig) -> None:
+        original(self)
+        self._register_custom_module({QuantLinear: QuantLoraLinear})
+
+    post_init.knows_qtune = True  # type: ignore[attr-defined]
+    LoraConfig.__post_init__ = post_init
+
+
+@contextmanager
+def _dense_weight(base: QuantLinear) -> Iterator[None]:
+    """For the time being `weight` is the dequantized matrix in float32; a changed one is quantized again."""
+    packed = base.weight
+    dense = base.dequantize(torch.float32)
+    base.weight = nn.Parameter(dense.clone(), requires_grad=False)
+    try:
+        yield
+        changed = base.weight.detach()
+    finally:
+        base.weight = packed
+    if not torch.equal(changed, dense):
+        base.quantize(changed)

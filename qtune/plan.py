@@ -1,0 +1,187 @@
+"""The plan: what each layer becomes, the bytes it takes, and whether the run fits, before any weight is read.
+
+It is made from the very modules that will train, on the meta device, so that it cannot drift from them. The expected
+time is the step's arithmetic over the matrix throughput of this machine, measured in a fraction of a second.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from qtune.data.chat import Sample
+from qtune.data.collate import collate
+from qtune.data.order import micro_batches
+from qtune.errors import UserError
+from qtune.memory import Memory, available_bytes, training_memory
+from qtune.model import attention
+from qtune.model.load import add_adapter
+from qtune.model.quantizer import QtuneConfig, quantized_on_meta
+from qtune.quant.linear import QuantLinear
+from qtune.recipe import Recipe
+
+# a training step takes this many times its matrix products: attention, norms, loss, dequantizing
+# (measured with the quickstart on two AMX cores; the bar shows the true rate from the first step on)
+OVERHEAD = 2.5
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer in the run: its matrix [O, I], how it is stored, and in how many bytes."""
+
+    name: str
+    shape: tuple[int, int]
+    format: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do and need."""
+
+    layers: list[Layer]
+    num_parameters: int
+    num_trained: int
+    memory: Memory
+    available_bytes: int
+    steps: int
+    tokens_per_step: int
+    expected_minutes: float
+    disk_bytes: int
+    """What the run will write: checkpoints and exports."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plan.json holds it."""
+        return {**asdict(self), "memory": {**asdict(self.memory), "total": self.memory.total}}
+
+
+def make_plan(
+    recipe: Recipe, folder: Path, samples: Sequence[Sample], device: torch.device
+) -> Plan:
+    """The plan of a run on the model in `folder` with these training samples.
+
+    Raises UserError where the run needs more memory than the device has, or settings fit no layer.
+    """
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=recipe.trust_remote_code)
+    base = meta_model(config, recipe)
+    layers = [_layer(name, m) for name, m in base.named_modules() if isinstance(m, torch.nn.Linear)]
+    num_parameters = sum(layer.shape[0] * layer.shape[1] for layer in layers)
+    model = add_adapter(base, recipe.lora)
+    typical = samples[: recipe.train.batch_size]
+    largest = max(micro_batches(typical, recipe.train.micro_batch_tokens), key=_tokens)
+    memory = training_memory(
+        model, collate(_even(largest), "meta"), checkpointing=recipe.train.gradient_checkpointing
+    )
+    steps = num_steps(recipe, len(samples))
+    tokens = _tokens(samples) * recipe.train.batch_size // len(samples)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    seconds = _step_seconds(num_parameters, trained, tokens, recipe, device)
+    plan = Plan(
+        layers=layers,
+        num_parameters=num_parameters,
+        num_trained=trained,
+        memory=memory,
+        available_bytes=available_bytes(device),
+        steps=steps,
+        tokens_per_step=tokens,
+        expected_minutes=steps * seconds / 60,
+        disk_bytes=_disk_bytes(recipe, folder, memory),
+    )
+    _check_fits(plan)
+    return plan
+
+
+def meta_model(config: Any, recipe: Recipe) -> PreTrainedModel:
+    """The base model of the run on the meta device, its layers as they will be stored."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config,
+            dtype=torch.bfloat16,
+            attn_implementation=attention.NAME,
+            trust_remote_code=recipe.trust_remote_code,
+        )
+    if recipe.quant.format is not None:
+        settings = QtuneConfig(
+            format=recipe.quant.format,
+            group_size=recipe.quant.group_size,
+            skip=list(recipe.quant.skip),
+        )
+        quantized_on_meta(model, settings)
+    return model.requires_grad_(False)
+
+
+def num_steps(recipe: Recipe, num_rows: int) -> int:
+    """Optimizer steps of the run."""
+    if recipe.train.steps is not None:
+        return recipe.train.steps
+    assert recipe.train.epochs is not None
+    return max(1, round(recipe.train.epochs * num_rows / recipe.train.batch_size))
+
+
+def _layer(name: str, layer: torch.nn.Linear) -> Layer:
+    shape = (layer.out_features, layer.in_features)
+    size = sum(parameter.nbytes for parameter in layer.parameters())
+    if isinstance(layer, QuantLinear):
+        return Layer(name, shape, layer.format_name, size)
+    return Layer(name, shape, str(layer.weight.dtype).removeprefix("torch."), size)
+
+
+def _tokens(samples: Sequence[Sample]) -> int:
+    return sum(len(sample.ids) for sample in samples)
+
+
+def _even(samples: Sequence[Sample]) -> list[Sample]:
+    """As many samples, all as long as the longest: shapes on the meta device may not depend on data."""
+    longest = max(samples, key=lambda sample: len(sample.ids))
+    return [longest] * len(samples)
+
+
+def _step_seconds(
+    frozen: int, trained: int, tokens: int, recipe: Recipe, device: torch.device
+) -> float:
+    """Expected seconds of an optimizer step: two products with each frozen weight per token, three with each trained."""
+    products = 3 * frozen if recipe.train.gradient_checkpointing else 2 * frozen
+    return OVERHEAD * 2 * (products + 3 * trained) * tokens / _matrix_rate(device)
+
+
+def _matrix_rate(device: torch.device) -> float:
+    """Floating-point operations per second of a bf16 matrix product on the device."""
+    size = 4096 if device.type == "cuda" else 1024
+    a = torch.ones(size, size, dtype=torch.bfloat16, device=device)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        # reading one number waits for the product
+        float((a @ a)[0, 0])
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def _disk_bytes(recipe: Recipe, folder: Path, memory: Memory) -> int:
+    """Checkpoints, the adapter, and the largest the exports can be; both merges exist for a while."""
+    checkpoints = (recipe.train.keep + 1) * (memory.adapter + memory.optimizer)
+    base = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    sizes = {"adapter": 0, "bf16": 2 * base}
+    exports = sum(sizes.get(name, memory.weights) + memory.adapter for name in recipe.export)
+    return checkpoints + memory.adapter + exports
+
+
+def _check_fits(plan: Plan) -> None:
+    """Raises UserError where the plan needs more than there is."""
+    needed, there = plan.memory.total, plan.available_bytes
+    if needed <= there:
+        return
+    largest = max(asdict(plan.memory).items(), key=lambda item: item[1])[0]
+    advice = {
+        "activations": "train.gradient_checkpointing: true or a smaller train.micro_batch_tokens",
+        "logits": "a smaller train.micro_batch_tokens",
+        "weights": "quant.format: nf4, or a smaller model",
+    }.get(largest, "a smaller lora.rank")
+    raise UserError(
+        f"not enough memory: the plan needs {needed / 2**30:.1f} GiB, {there / 2**30:.1f} GiB are free; "
+        f"most goes to {largest}: try {advice}"
+    )

@@ -1,0 +1,1 @@
+"""Quantized weights: formats, the packed matrix, the linear layer."""

@@ -1,0 +1,1 @@
+"""Number formats: one file each, its name is the word in recipes."""

@@ -1,0 +1,72 @@
+"""Makes transformers and PEFT know qtune's quantizer and adapter layer as soon as they are
+imported.
+
+They have no plug-in points that they would look up by themselves, and importing them here would
+make `qtune --help` take seconds. So a finder notes when one of the two is imported and registers
+when that is done: the quantizer once `transformers.modeling_utils` is there, which comes before any
+model is loaded, the adapter layer after `peft`.
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+
+REGISTERS = {"transformers.modeling_utils": "qtune.model.quantizer", "peft": "qtune.model.lora"}
+
+
+def install() -> None:
+    """Register with what is imported already, and with the rest when it is."""
+    waiting = set()
+    for name in REGISTERS:
+        spec = getattr(sys.modules.get(name), "__spec__", None)
+        if spec is None or getattr(spec, "_initializing", False):
+            waiting.add(name)
+        else:
+            _register(name)
+    if waiting and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder(waiting))
+
+
+def _register(name: str) -> None:
+    import_module(REGISTERS[name]).register()
+
+
+class _Finder(MetaPathFinder):
+    """Finds modules as Python does; those it waits for get a loader that registers afterwards."""
+
+    def __init__(self, waiting: set[str]) -> None:
+        self.waiting = waiting
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name not in self.waiting:
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            self.waiting.discard(name)
+            spec.loader = _ThenRegister(spec.loader)
+        return spec
+
+
+class _ThenRegister(Loader):
+    """Another loader's work, then the registration."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
+        # the module sees the loader it would have had
+        module.__spec__.loader = module.__loader__ = self.loader
+        self.loader.exec_module(module)
+        _register(module.__name__)

@@ -1,0 +1,68 @@
+"""What a run achieved in one sentence, and the few figures beside it, from whatever files it has left so far."""
+
+from typing import Any
+
+from qtune.report import numbers
+from qtune.report.files import Files
+
+ARROW = " → "
+
+
+def sentence(files: Files) -> str:
+    """The result: what changed, in which time, at which size; what is missing is left out."""
+    parts = [_change(files), _time(files), _size(files)]
+    said = "; ".join(part for part in parts if part)
+    return f"{said[0].upper()}{said[1:]}." if said else "Nothing has been trained yet."
+
+
+def facts(files: Files) -> list[tuple[str, str, str]]:
+    """Name, value and a note of the figures under the sentence."""
+    found = []
+    if files.plan:
+        trained, frozen = files.plan["num_trained"], files.plan["num_parameters"]
+        note = f"beside {numbers.short(frozen)} frozen" if frozen else ""
+        found.append(("Trained parameters", numbers.short(trained), note))
+    if files.training:
+        last = files.training[-1]
+        speed = f"{last['tokens'] / last['seconds']:,.0f} tokens/s on average"
+        found.append(("Training time", numbers.duration(last["seconds"]), speed))
+        read = f"{numbers.short(last['supervised_tokens'])} of them supervised"
+        found.append(("Tokens read", numbers.short(last["tokens"]), read))
+    if files.peak_bytes is not None:
+        planned = f"{numbers.memory(files.plan['memory']['total'])} planned" if files.plan else ""
+        found.append(("Peak memory", numbers.memory(files.peak_bytes), planned))
+    return found
+
+
+def _change(files: Files) -> str:
+    base, tuned = _row(files, "base") or _row(files, "quantized"), _row(files, "adapter")
+    if base and tuned and base["exact_match"] is not None and tuned["exact_match"] is not None:
+        scores = ARROW.join(numbers.percent(row["exact_match"]) for row in (base, tuned))
+        return f"exact match {scores} on {tuned['answers']} unseen requests"
+    if base and tuned:
+        losses = ARROW.join(numbers.decimal(row["loss"], 3) for row in (base, tuned))
+        return f"held-out loss {losses} over {numbers.whole(tuned['tokens'])} tokens"
+    if files.training:
+        first, last = files.training[0], files.training[-1]
+        losses = ARROW.join(numbers.decimal(row["loss"], 3) for row in (first, last))
+        return f"training loss {losses} in {last['step']} steps"
+    return ""
+
+
+def _time(files: Files) -> str:
+    if not files.training:
+        return ""
+    return f"{numbers.duration(files.training[-1]['seconds'])} of training"
+
+
+def _size(files: Files) -> str:
+    base, tuned = _row(files, "base"), _row(files, "adapter")
+    if not (base and tuned):
+        return ""
+    return f"{numbers.disk(tuned['size_bytes'])} instead of {numbers.disk(base['size_bytes'])}"
+
+
+def _row(files: Files, kind: str) -> dict[str, Any] | None:
+    """The first row of that kind in the evaluation."""
+    rows = files.evaluation["rows"] if files.evaluation else []
+    return next((row for row in rows if row["kind"] == kind), None)

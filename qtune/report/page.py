@@ -1,0 +1,145 @@
+"""Run folder -> report.html: one page without scripts that needs nothing beside itself.
+
+The template says what stands where, page.css how it looks; here is what they show. Everything that a run wrote is
+escaped by the template engine; only the charts, made here, are markup. The same files give the same page.
+"""
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from qtune.report import headline, numbers, plots
+from qtune.report.files import Files, read
+from qtune.report.plots import Series
+from qtune.report.samples import clipped, laid_out
+from qtune.run_folder import RunFolder
+
+# widths in pixels that charts are drawn for: a page on a screen, one on a telephone, a third of the former
+WIDE, NARROW, SMALL = 1040, 340, 330
+FOLDER = Path(__file__).parent
+# figure in metrics.jsonl -> the title of its chart
+SMALL_CHARTS = {
+    "lr": "Learning rate",
+    "tokens_per_s": "Tokens per second",
+    "grad_norm": "Gradient norm before clipping",
+}
+
+
+def write_report(run: RunFolder) -> Path:
+    """The path of report.html, written from what the run folder holds; it is there whole or not at all."""
+    made = run.report.with_name(f".{run.report.name}.{os.getpid()}")
+    made.write_text(render(run), encoding="utf-8")
+    made.replace(run.report)
+    return run.report
+
+
+def render(run: RunFolder) -> str:
+    """The page as text."""
+    files = read(run)
+    environment = Environment(
+        loader=FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        name: getattr(numbers, name)
+        for name in ("decimal", "significant", "percent", "whole", "disk", "memory", "short")
+    }
+    environment.filters["clipped"] = clipped
+    return environment.get_template("page.html").render(
+        css=Markup((FOLDER / "page.css").read_text(encoding="utf-8")),
+        run=run,
+        files=files,
+        sentence=headline.sentence(files),
+        facts=headline.facts(files),
+        rows=_rows(files),
+        tokens=_tokens(files),
+        loss_charts=_loss_charts(files),
+        window=plots.smoothed([line["loss"] for line in files.training])[1],
+        small_charts=list(_small_charts(files)),
+        memory_charts=_memory_charts(files),
+        shades=plots.SHADES,
+        other_shade=plots.OTHER_SHADE,
+        samples=[laid_out(sample) for sample in files.samples],
+        layers=_by_format(files),
+        environment=list(_flat(files.environment or {})),
+    )
+
+
+def _rows(files: Files) -> list[dict[str, Any]]:
+    """Rows of the evaluation with the 95 % interval of their score."""
+    rows = files.evaluation["rows"] if files.evaluation else []
+    return [
+        row | {"interval": numbers.wilson(row["exact_match"], row["answers"])}
+        if row["exact_match"] is not None
+        else row
+        for row in rows
+    ]
+
+
+def _tokens(files: Files) -> list[int]:
+    """Numbers of tokens the rows' losses are over: one where all rows saw the same."""
+    rows = files.evaluation["rows"] if files.evaluation else []
+    return sorted({row["tokens"] for row in rows})
+
+
+def _loss_charts(files: Files) -> dict[str, Markup]:
+    if not files.training and not files.held_out:
+        return {}
+    training, held_out = _series(files.training, "loss"), _series(files.held_out, "held_out_loss")
+    return {
+        "wide": plots.loss_chart("loss-wide", WIDE, training, held_out),
+        "narrow": plots.loss_chart("loss-narrow", NARROW, training, held_out),
+    }
+
+
+def _small_charts(files: Files) -> Iterator[tuple[str, Markup]]:
+    """Title and chart of each figure that was logged."""
+    for key, title in SMALL_CHARTS.items():
+        series = _series([line for line in files.training if key in line], key)
+        if series.steps:
+            name = key.replace("_", "-")
+            yield title, plots.small_chart(name, SMALL, series, title)
+
+
+def _memory_charts(files: Files) -> dict[str, Markup]:
+    if not files.plan:
+        return {}
+    parts = {name: size for name, size in files.plan["memory"].items() if name != "total"}
+    return {
+        "wide": plots.memory_chart("memory-wide", WIDE, parts, files.peak_bytes),
+        "narrow": plots.memory_chart("memory-narrow", NARROW, parts, files.peak_bytes),
+    }
+
+
+def _series(lines: list[dict[str, Any]], key: str) -> Series:
+    return Series([line["step"] for line in lines], [line[key] for line in lines])
+
+
+def _by_format(files: Files) -> list[dict[str, Any]]:
+    """Layers, weights and bytes of each format in the plan, most bytes first."""
+    totals: dict[str, dict[str, Any]] = defaultdict(lambda: {"layers": 0, "weights": 0, "bytes": 0})
+    for layer in files.plan["layers"] if files.plan else ():
+        total = totals[layer["format"]]
+        total["layers"] += 1
+        total["weights"] += layer["shape"][0] * layer["shape"][1]
+        total["bytes"] += layer["size_bytes"]
+    rows = [{"format": name, **total} for name, total in totals.items()]
+    return sorted(rows, key=lambda row: -row["bytes"])
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Keys, joined by points, and values of nested mappings, in their order."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            items = value if isinstance(value, list) else [value]
+            yield f"{prefix}{key}", ", ".join(numbers.DASH if x is None else str(x) for x in items)

@@ -1,0 +1,160 @@
+"""The results of a run: its models, measured one after the other as they come from disk.
+
+Everything is compared with the trained model, that is the adapter on the base it was trained on.
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, get_args
+
+from peft import PeftModel
+from torch import nn
+
+from qtune.bench import Bench, weight_bytes
+from qtune.data.chat import prompt_ids
+from qtune.errors import UserError
+from qtune.evaluate import compare
+from qtune.evaluate.compare import Kind, Merge, Row, Table
+from qtune.evaluate.exact_match import matches
+from qtune.evaluate.generate import Answers
+from qtune.export import exporter, verify
+from qtune.export.folder.trained import Trained
+from qtune.model.load import load_base
+from qtune.model.merge import Onto
+from qtune.run_folder import RunFolder
+from qtune.setup import Setup
+
+NUM_SAMPLES = 8
+ORDER = get_args(Kind)
+# held-out samples whose logits an exact export is compared on
+NUM_CHECKED = 2
+
+
+class Results:
+    """Fills `table`, which is eval.json; making one loads and measures the trained model.
+
+    Raises UserError where the run has not trained its adapter yet.
+    """
+
+    def __init__(self, run: RunFolder, setup: Setup) -> None:
+        if not run.adapter.is_dir():
+            raise UserError(
+                f"{run.path} holds no adapter: its training has not ended; go on with "
+                f"`qtune train {run.path / 'recipe.yaml'} --resume`"
+            )
+        self._run, self._setup, self._recipe = run, setup, run.recipe
+        self._bench = Bench(setup)
+        self._path = run.path / "eval.json"
+        self._format = self._recipe.quant.format or "16-bit"
+        name = f"adapter on {self._format}"
+        self.table = compare.read(self._path) if self._path.exists() else Table(name)
+        self._trained = self._load_trained()
+        self._base_bytes = sum(
+            p.nbytes for n, p in self._trained.base.named_parameters() if "lora_" not in n
+        )
+        size = self._base_bytes + weight_bytes(run.adapter)
+        _, self._tuned = self._add(name, "adapter", self._trained.model, keep=True, size_bytes=size)
+
+    def measure_bases(self) -> None:
+        """Rows of the base as it was quantized and in 16 bits, and samples of answers before and after."""
+        if self._recipe.quant.format is not None:
+            model = self._trained.model
+            with model.disable_adapter():
+                self._add(f"base {self._format}", "quantized", model, size_bytes=self._base_bytes)
+        base = load_base(self._setup.base, None, device=self._setup.device)
+        size = weight_bytes(self._setup.base)
+        _, before = self._add("base 16-bit", "base", base, size_bytes=size)
+        if before is not None and self._tuned is not None:
+            self._run.write("samples.json", self._samples(before, self._tuned))
+
+    def export(self, names: Sequence[str]) -> None:
+        """Write exports and add a row for each, as the library it is for loads it."""
+        for name in names:
+            if name == "bf16":
+                self._merge()
+            else:
+                self._export(name, self._trained, name, f"export {name}")
+
+    def _merge(self) -> None:
+        """Merge onto each base the recipe allows, measure, and keep the one with the lower loss."""
+        wanted, has_format = self._recipe.merge.base, self._recipe.quant.format is not None
+        bases: list[Onto] = ["original", "dequantized"] if has_format else ["original"]
+        if wanted != "auto" and wanted in bases:
+            bases = [wanted]
+        rows = {
+            onto: self._export(
+                "bf16", replace(self._trained, onto=onto), f"bf16-{onto}", f"merged onto {onto}"
+            )
+            for onto in bases
+        }
+        best = min(bases, key=lambda onto: rows[onto].loss)
+        for onto in bases:
+            folder = self._run.exports / f"bf16-{onto}"
+            if onto == best:
+                shutil.rmtree(self._run.exports / "bf16", ignore_errors=True)
+                folder.rename(self._run.exports / "bf16")
+            else:
+                shutil.rmtree(folder)
+        losses = ", ".join(f"{rows[onto].loss:.4f} onto {onto}" for onto in bases)
+        self.table.merge = Merge(best, f"held-out loss {losses}")
+        self._put(replace(rows[best], name="export bf16"), instead=rows[best].name)
+
+    def _export(self, name: str, trained: Trained, folder_name: str, title: str) -> Row:
+        """Write one export, load it again, check and measure it."""
+        folder = exporter.export(name, trained, self._run.exports / folder_name)
+        model = verify.reload(name, folder, self._setup.base, self._setup.device)
+        exact = (folder / "adapter").is_dir()
+        if exact:
+            rows = [sample.ids for sample in self._setup.data.held_out[:NUM_CHECKED]]
+            verify.check_logits(model, self._trained.model, rows)
+        question = self._setup.data.held_out[0].row.messages[:-1]
+        verify.add_golden(folder, model, prompt_ids(self._setup.tokenizer, question))
+        consumer = exporter.load_exporter(name).consumer
+        size = weight_bytes(folder)
+        row, _ = self._add(title, "export", model, size_bytes=size, consumer=consumer, exact=exact)
+        return row
+
+    def _add(
+        self, name: str, kind: Kind, model: nn.Module, **facts: Any
+    ) -> tuple[Row, Answers | None]:
+        """Measure a model and put its row into the table."""
+        row, answers = self._bench.measure(name, kind, model, **facts)
+        self._put(row)
+        return row, answers
+
+    def _put(self, row: Row, instead: str | None = None) -> None:
+        """Put a row in the place of the one of its name, or of `instead`; else at the end."""
+        rows = {known.name: known for known in self.table.rows}
+        rows.pop(instead or "", None)
+        rows[row.name] = row
+        self.table.rows = sorted(rows.values(), key=lambda row: ORDER.index(row.kind))
+        compare.write(self.table, self._path)
+
+    def _load_trained(self) -> Trained:
+        recipe = self._recipe
+        base = load_base(
+            self._setup.base,
+            recipe.quant,
+            device=self._setup.device,
+            trust_remote_code=recipe.trust_remote_code,
+        )
+        model = PeftModel.from_pretrained(base, self._run.adapter).eval()
+        form = recipe.merge.quantized
+        return Trained(recipe, model, self._setup.tokenizer, self._setup.base, form=form)
+
+    def _samples(self, before: Answers, after: Answers) -> list[dict[str, Any]]:
+        """What samples.json holds: requests with the answers of the untuned and the tuned model."""
+        metric = self._recipe.evaluate.metric
+        rows = zip(self._bench.test, before.texts, after.texts, self._bench.references, strict=True)
+        return [
+            {
+                "prompt": row.messages[-2]["content"],
+                "before": old,
+                "after": new,
+                "reference": reference,
+                "correct_before": matches(old, reference, metric),
+                "correct_after": matches(new, reference, metric),
+            }
+            for row, old, new, reference in list(rows)[:NUM_SAMPLES]
+        ]

@@ -1,0 +1,1 @@
+"""Training: the loop, what it optimizes, what it saves."""

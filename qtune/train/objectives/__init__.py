@@ -1,0 +1,1 @@
+"""What is optimized: one file each."""

@@ -1,0 +1,70 @@
+"""Random quantized matrices for the kernels' tests, and the code book of NF4."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qtune_kernels.packing import pack
+from qtune_kernels.scales import Scales, dequantize_scales, quantize_scales
+
+# arXiv 2305.14314, appendix E, as float32
+NF4 = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+
+
+class Sample(NamedTuple):
+    """Arguments of the ops, and the weights [O, I] in float64 computed from the codes one by one."""
+
+    packed: Tensor
+    scales: Scales
+    levels: tuple[float, ...]
+    group_size: int
+    weights: Tensor
+
+    def to(self, device: torch.device) -> "Sample":
+        """The same with its tensors on a device."""
+        scales = Scales(*(part.to(device) for part in self.scales))
+        return self._replace(
+            packed=self.packed.to(device), scales=scales, weights=self.weights.to(device)
+        )
+
+
+def sample(
+    shape: tuple[int, int], levels: Sequence[float] = NF4, group_size: int = 64, seed: int = 0
+) -> Sample:
+    """A matrix of random codes of 4 bits, or of 8 where `levels` is empty."""
+    generator = torch.Generator().manual_seed(seed)
+    num_weights = shape[0] * shape[1]
+    bits = 4 if levels else 8
+    codes = torch.randint(0, 1 << bits, (num_weights,), generator=generator, dtype=torch.uint8)
+    num_groups = -(-num_weights // group_size)
+    scales = quantize_scales(torch.rand(num_groups, generator=generator) * 0.02 + 0.005)
+    values = levels or [(code - 128) / 127 for code in range(256)]
+    weights = torch.tensor(values, dtype=torch.float64)[codes.long()]
+    weights *= dequantize_scales(scales).double()[torch.arange(num_weights) // group_size]
+    packed = pack(codes, bits)
+    return Sample(packed, scales, tuple(levels), group_size, weights.view(shape))
+
+
+def error(result: Tensor, truth: Tensor) -> float:
+    """The relative root mean square error against a float64 truth."""
+    result, truth = result.detach().double(), truth.detach()
+    return float((result - truth).norm() / truth.norm())

@@ -1,0 +1,165 @@
+"""A run folder as the stages leave it, with figures like those of the quickstart."""
+
+import json
+import math
+import random
+
+import pytest
+
+from qtune import run_folder
+from qtune.recipe import Data, Evaluate, Quant, Recipe, Train
+
+STEPS = 90
+HELD_OUT = {30: 0.1421, 60: 0.0712, 90: 0.0583}
+MEMORY = {
+    "weights": 128_470_000,
+    "adapter": 19_537_920,
+    "gradients": 19_537_920,
+    "optimizer": 39_075_840,
+    "activations": 1_021_300_000,
+    "logits": 312_400_000,
+    "temporary": 1_769_472,
+}
+SAMPLES = [
+    {
+        "prompt": "Out of pocket 936.39 CHF since October 16th, 2024: a taxi joined by Jack.",
+        "before": "Sure! I can help you with that. Here is the expense as JSON:\n\n"
+        '{"expense": "936.39 CHF", "date": "October 16th"}\n\nLet me know if you need more.',
+        "after": '{"date": "2024-10-16", "amount": 936.39, "category": "travel", "people": ["Jack"]}',
+        "reference": '{"date": "2024-10-16", "amount": 936.39, "category": "travel", '
+        '"people": ["Jack"]}',
+        "correct_before": False,
+        "correct_after": True,
+    },
+    {
+        "prompt": "It was me and Andre & Lena. USD 2800 on the 3rd of December 2027: an apartment.",
+        "before": '{"date": "3rd of December 2027", "cost": 2800}',
+        "after": '{"date": "2027-12-03", "amount": 2800.0, "category": "meals", "people": ["Andre"]}',
+        "reference": '{"date": "2027-12-03", "amount": 2800, "category": "lodging", '
+        '"people": ["Andre", "Lena"]}',
+        "correct_before": False,
+        "correct_after": False,
+    },
+    {
+        "prompt": "<script>alert('prompt')</script> & <b>bold</b>",
+        "before": "</p><script>alert(1)</script>",
+        "after": '{"<img src=x onerror=alert(1)>": "</dd><script>"}',
+        "reference": '{"note": "<i>"}',
+        "correct_before": False,
+        "correct_after": False,
+    },
+]
+
+
+def evaluation_row(name, kind, loss, exact_match, size_bytes, **more):
+    row = {"name": name, "kind": kind, "loss": loss, "perplexity": math.exp(loss), "tokens": 2893}
+    row |= {"kl": None, "top1": None, "exact_match": exact_match, "answers": 100}
+    return row | {"size_bytes": size_bytes, "tokens_per_s": 61.3, "consumer": None, "exact": None} | more
+
+
+EVALUATION = {
+    "trained": "adapter on nf4",
+    "rows": [
+        evaluation_row("base 16-bit", "base", 2.6312, 0.0, 269_060_552, kl=2.7144, top1=0.412),
+        evaluation_row("base nf4", "quantized", 2.7458, 0.0, 116_214_784, kl=2.8021, top1=0.403),
+        evaluation_row("adapter on nf4", "adapter", 0.0583, 0.93, 135_752_704, kl=0.0, top1=1.0),
+        evaluation_row(
+            "merged into original", "merged", 0.0611, 0.92, 269_060_552, kl=0.00391, top1=0.993
+        ),
+        evaluation_row(
+            "export adapter", "export", 0.0583, 0.93, 19_571_304,
+            kl=1.2e-6, top1=1.0, consumer="peft", exact=True, tokens_per_s=None,
+        ),
+        evaluation_row(
+            "export bf16", "export", 0.0611, None, 269_060_552,
+            kl=0.0039, top1=0.993, consumer="transformers", exact=False, answers=0,
+        ),
+    ],
+    "merge": {"chosen": "original", "why": "its held-out loss is lower (0.0611 against 0.0634)"},
+}  # fmt: skip
+
+
+def layers():
+    for block in range(30):
+        for name, shape in (("self_attn.q_proj", (576, 576)), ("mlp.down_proj", (576, 1536))):
+            yield {
+                "name": f"model.layers.{block}.{name}",
+                "shape": shape,
+                "format": "nf4",
+                "size_bytes": shape[0] * shape[1] * 33 // 64,
+            }
+    size = 49152 * 576
+    yield {"name": "lm_head", "shape": (49152, 576), "format": "bfloat16", "size_bytes": 2 * size}
+
+
+def metrics():
+    noise = random.Random(0)
+    for step in range(1, STEPS + 1):
+        loss = (2.6 * math.exp(-step / 9) + 0.055) * math.exp(noise.gauss(0, 0.16))
+        yield {
+            "step": step,
+            "loss": loss,
+            "lr": 1e-3 * min(step / 5, 0.5 + 0.5 * math.cos(math.pi * step / STEPS)),
+            "grad_norm": 0.4 + 3 * math.exp(-step / 6) + noise.random() / 5,
+            "tokens": 1900 * step,
+            "supervised_tokens": 760 * step,
+            "tokens_per_s": 390 + noise.gauss(0, 14),
+            "seconds": 4.9 * step,
+            "peak_memory_bytes": 1_398_000_000 + 1000 * step,
+        }
+        if step in HELD_OUT:
+            yield {"step": step, "held_out_loss": HELD_OUT[step], "held_out_tokens": 2893}
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A run that was trained and then stopped."""
+    recipe = Recipe(
+        model="HuggingFaceTB/SmolLM2-135M-Instruct",
+        data=Data(train="demo:train", validation="demo:validation", test="<script>x</script>"),
+        quant=Quant(format="nf4"),
+        train=Train(steps=STEPS, lr=1e-3, warmup_steps=5),
+        evaluate=Evaluate(metric="json_match"),
+        run=tmp_path / "quickstart",
+    )
+    run = run_folder.create(recipe)
+    plan = {
+        "layers": list(layers()),
+        "num_parameters": 134_515_008,
+        "num_trained": 4_884_480,
+        "memory": {**MEMORY, "total": sum(MEMORY.values())},
+        "available_bytes": 14_200_000_000,
+        "steps": STEPS,
+        "tokens_per_step": 1900,
+        "expected_minutes": 7.1,
+    }
+    run.write("plan.json", plan)
+    (run.path / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics()))
+    return run
+
+
+@pytest.fixture
+def finished(trained):
+    """A run with everything."""
+    versions = {"qtune": "0.1.0", "torch": "2.13.0+cpu", "bitsandbytes": None}
+    trained.write(
+        "environment.json",
+        {
+            "time": "2026-11-21T19:50:12+00:00",
+            "cpu": "Intel Xeon, 2 threads, AVX512, fast bf16 by amx",
+            "devices": ["cpu"],
+            "versions": versions | {"python": "3.11.2 <script>"},
+        },
+    )
+    trained.write("eval.json", EVALUATION)
+    trained.write("samples.json", SAMPLES)
+    for name, consumer, form in (("adapter", "peft", {}), ("qtune", "qtune", {"form": "pair"})):
+        (trained.exports / name).mkdir(parents=True)
+        manifest = {
+            "export": name,
+            "consumer": consumer,
+            "base": {"model": "x", "revision": None, "sha256": "ab" * 32, "of": "sizes and files"},
+            "adapter_sha256": "cd" * 32,
+        }
+        trained.write(f"export/{name}/qtune.json", manifest | form)
+    return trained
