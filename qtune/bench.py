@@ -59,6 +59,7 @@ class Bench:
                 self._setup.tokenizer,
                 self.test,
                 max_new_tokens=self._settings.max_new_tokens,
+                batch_size=self._settings.batch_size,
                 on_progress=advance,
             )
 

@@ -1,13 +1,17 @@
 """The command line: one verb per stage. Parses, calls `qtune.run`, prints errors.
 
-Exit codes: 0 done, 2 something the user can mend (the message says how), 130 interrupted. What is not expected keeps
-its traceback. Nothing heavy is imported before a verb is known.
+Exit codes: 0 done, 2 something the user can mend (the message says how), 130 interrupted. What is
+not expected keeps its traceback. Nothing heavy is imported before a verb is known.
 """
 
 import argparse
 import json
+import logging
 import os
+import shlex
+import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -17,19 +21,40 @@ from qtune.errors import UserError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code."""
-    chosen = _parser().parse_args(arguments)
+    chosen = _parse(arguments)
     try:
         _run(chosen)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _complain(f"error: {error}")
         return 2
     except KeyboardInterrupt:
-        print(
-            "interrupted; `qtune train RECIPE --resume` goes on from the last checkpoint",
-            file=sys.stderr,
-        )
+        _complain(f"interrupted{_how_to_go_on(chosen)}")
         return 130
     return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line taken apart; overrides may also come behind options."""
+    parser = _parser()
+    chosen, rest = parser.parse_known_args(arguments)
+    if rest and ("overrides" not in chosen or any(text.startswith("-") for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        chosen.overrides += rest
+    return chosen
+
+
+def _complain(text: str) -> None:
+    """Print to stderr, with the number of the process where it is not the first of its run."""
+    rank = os.environ.get("RANK", "0")
+    print(text if rank == "0" else f"process {rank}: {text}", file=sys.stderr)
+
+
+def _how_to_go_on(chosen: argparse.Namespace) -> str:
+    if chosen.verb != "train":
+        return ""
+    command = shlex.join(["qtune", "train", str(chosen.recipe), *chosen.overrides, "--resume"])
+    return f"; `{command}` goes on from the last checkpoint"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -99,6 +124,8 @@ def _run(chosen: argparse.Namespace) -> None:
             from qtune import run
 
             if chosen.verb == "train":
+                # whoever stops the run this way is also told how to go on
+                signal.signal(signal.SIGTERM, signal.default_int_handler)
                 run.train(recipe, resume=chosen.resume)
             else:
                 run.check(recipe)
@@ -134,7 +161,10 @@ def _quiet_libraries() -> None:
     """Keep advice meant for library users out of the output; what matters here is said by qtune."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    # what peft and transformers tell each other about renamed attributes
+    warnings.filterwarnings("ignore", category=FutureWarning, module="(transformers|peft)")
+    # it misses an optional kernel on the CPU that nothing here calls
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":

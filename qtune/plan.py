@@ -1,7 +1,8 @@
-"""The plan: what each layer becomes, the bytes it takes, and whether the run fits, before any weight is read.
+"""The plan: what each layer becomes, its bytes, and whether the run fits, before a weight is read.
 
-It is made from the very modules that will train, on the meta device, so that it cannot drift from them. The expected
-time is the step's arithmetic over the matrix throughput of this machine, measured in a fraction of a second.
+It is made from the very modules that will train, on the meta device, so that it cannot drift from
+them, and from the very micro-batches. The expected time is the step's arithmetic over the matrix
+throughput of this machine, measured in a fraction of a second.
 """
 
 import time
@@ -15,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qtune.data.chat import Sample
 from qtune.data.collate import collate
-from qtune.data.order import micro_batches
+from qtune.data.order import micro_batches, rows_of_step, share
 from qtune.errors import UserError
 from qtune.memory import Memory, available_bytes, training_memory
 from qtune.model import attention
@@ -27,6 +28,8 @@ from qtune.recipe import Recipe
 # a training step takes this many times its matrix products: attention, norms, loss, dequantizing
 # (measured with the quickstart on two AMX cores; the bar shows the true rate from the first step on)
 OVERHEAD = 2.5
+# the largest micro-batch of a run is looked for in so many steps
+MOST_STEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,11 @@ class Plan:
 
 
 def make_plan(
-    recipe: Recipe, folder: Path, samples: Sequence[Sample], device: torch.device
+    recipe: Recipe,
+    folder: Path,
+    samples: Sequence[Sample],
+    device: torch.device,
+    num_processes: int = 1,
 ) -> Plan:
     """The plan of a run on the model in `folder` with these training samples.
 
@@ -71,15 +78,13 @@ def make_plan(
     layers = [_layer(name, m) for name, m in base.named_modules() if isinstance(m, torch.nn.Linear)]
     num_parameters = sum(layer.shape[0] * layer.shape[1] for layer in layers)
     model = add_adapter(base, recipe.lora)
-    typical = samples[: recipe.train.batch_size]
-    largest = max(micro_batches(typical, recipe.train.micro_batch_tokens), key=_tokens)
-    memory = training_memory(
-        model, collate(_even(largest), "meta"), checkpointing=recipe.train.gradient_checkpointing
-    )
     steps = num_steps(recipe, len(samples))
+    batch = collate(_largest_micro_batch(recipe, samples, steps, num_processes), "meta")
+    checkpointing = recipe.train.gradient_checkpointing
+    memory = training_memory(model, batch, device, checkpointing=checkpointing)
     tokens = _tokens(samples) * recipe.train.batch_size // len(samples)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    seconds = _step_seconds(num_parameters, trained, tokens, recipe, device)
+    seconds = _step_seconds(num_parameters, trained, tokens / num_processes, recipe, device)
     plan = Plan(
         layers=layers,
         num_parameters=num_parameters,
@@ -115,11 +120,18 @@ def meta_model(config: Any, recipe: Recipe) -> PreTrainedModel:
 
 
 def num_steps(recipe: Recipe, num_rows: int) -> int:
-    """Optimizer steps of the run."""
-    if recipe.train.steps is not None:
-        return recipe.train.steps
-    assert recipe.train.epochs is not None
-    return max(1, round(recipe.train.epochs * num_rows / recipe.train.batch_size))
+    """Optimizer steps of the run; raises UserError where all of them are warm-up."""
+    settings = recipe.train
+    if settings.steps is not None:
+        return settings.steps
+    assert settings.epochs is not None
+    steps = max(1, round(settings.epochs * num_rows / settings.batch_size))
+    if settings.warmup_steps >= steps:
+        raise UserError(
+            f"train.warmup_steps ({settings.warmup_steps}) must be less than the {steps} steps "
+            f"that train.epochs ({settings.epochs}) takes with {num_rows} rows"
+        )
+    return steps
 
 
 def _layer(name: str, layer: torch.nn.Linear) -> Layer:
@@ -134,14 +146,21 @@ def _tokens(samples: Sequence[Sample]) -> int:
     return sum(len(sample.ids) for sample in samples)
 
 
-def _even(samples: Sequence[Sample]) -> list[Sample]:
-    """As many samples, all as long as the longest: shapes on the meta device may not depend on data."""
-    longest = max(samples, key=lambda sample: len(sample.ids))
-    return [longest] * len(samples)
+def _largest_micro_batch(
+    recipe: Recipe, samples: Sequence[Sample], steps: int, num_processes: int
+) -> list[Sample]:
+    """The micro-batch with the most tokens that the run meets, or its longest sample alone."""
+    largest = [max(samples, key=lambda sample: len(sample.ids))]
+    for step in range(min(steps, MOST_STEPS)):
+        rows = rows_of_step(len(samples), recipe.train.batch_size, recipe.seed, step)
+        own = share([samples[row] for row in rows], 0, num_processes)
+        groups = micro_batches(own, recipe.train.micro_batch_tokens)
+        largest = max(largest, *groups, key=_tokens)
+    return largest
 
 
 def _step_seconds(
-    frozen: int, trained: int, tokens: int, recipe: Recipe, device: torch.device
+    frozen: int, trained: int, tokens: float, recipe: Recipe, device: torch.device
 ) -> float:
     """Expected seconds of an optimizer step: two products with each frozen weight per token, three with each trained."""
     products = 3 * frozen if recipe.train.gradient_checkpointing else 2 * frozen

@@ -128,9 +128,14 @@ class Train:
             raise UserError(f"train.epochs ({self.epochs}) must be positive")
         if self.lr <= 0:
             raise UserError(f"train.lr ({self.lr}) must be positive")
-        for name in ("batch_size", "micro_batch_tokens", "keep"):
-            if getattr(self, name) < 1:
-                raise UserError(f"train.{name} ({getattr(self, name)}) must be at least 1")
+        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
+            raise UserError(
+                f"train.max_grad_norm ({self.max_grad_norm}) must be positive, or null for none"
+            )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"train.betas ({list(self.betas)}) must be in [0, 1)")
+        _at_least(self, "train", 1, "batch_size", "micro_batch_tokens", "keep")
+        _at_least(self, "train", 0, "warmup_steps", "weight_decay", "eval_every", "save_every")
         if self.steps is not None and self.warmup_steps >= self.steps:
             raise UserError(
                 f"train.warmup_steps ({self.warmup_steps}) must be less than "
@@ -150,6 +155,12 @@ class Evaluate:
     """How an answer is compared: as text, or as parsed JSON (order and spacing do not count)."""
     max_new_tokens: int = 128
     """Longest answer in tokens."""
+    batch_size: int = 64
+    """Answers generated at a time."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, "evaluate", 1, "loss_rows", "max_new_tokens")
+        _at_least(self, "evaluate", 0, "answer_rows")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,8 +170,7 @@ class Merge:
     base: Literal["auto", "original", "dequantized"] = "auto"
     """What it is added to; auto measures both and takes the one with the lower held-out loss."""
     quantized: Literal["pair", "merged"] = "pair"
-    """Form of quantized exports: the base as trained beside the adapter, which is exact, or merged
-    into the original weights and quantized once, which loses something."""
+    """Form of quantized exports: `pair`, base and adapter, exact, or `merged`, which loses some."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +181,9 @@ class Log:
     """Weights & Biases project; null switches it off (WANDB_MODE=offline works)."""
     every: int = 1
     """Steps between lines in metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, "log", 1, "every")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,3 +209,14 @@ class Recipe:
     """Run folder: everything a run writes goes there."""
     seed: int = 0
     """Seed of the adapter's start, the order of samples and dropout."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed ({self.seed}) must be at least 0 and less than 2**32")
+
+
+def _at_least(section: object, name: str, least: int, *keys: str) -> None:
+    for key in keys:
+        value = getattr(section, key)
+        if value < least:
+            raise UserError(f"{name}.{key} ({value}) must be at least {least}")

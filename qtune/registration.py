@@ -19,15 +19,12 @@ REGISTERS = {"transformers.modeling_utils": "qtune.model.quantizer", "peft": "qt
 
 def install() -> None:
     """Register with what is imported already, and with the rest when it is."""
-    waiting = set()
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
     for name in REGISTERS:
         spec = getattr(sys.modules.get(name), "__spec__", None)
-        if spec is None or getattr(spec, "_initializing", False):
-            waiting.add(name)
-        else:
+        if spec is not None and not getattr(spec, "_initializing", False):
             _register(name)
-    if waiting and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder(waiting))
 
 
 def _register(name: str) -> None:
@@ -37,17 +34,11 @@ def _register(name: str) -> None:
 class _Finder(MetaPathFinder):
     """Finds modules as Python does; those it waits for get a loader that registers afterwards."""
 
-    def __init__(self, waiting: set[str]) -> None:
-        self.waiting = waiting
-
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name not in self.waiting:
-            return None
-        spec = PathFinder.find_spec(name, path, target)
+        spec = PathFinder.find_spec(name, path, target) if name in REGISTERS else None
         if spec is not None and spec.loader is not None:
-            self.waiting.discard(name)
             spec.loader = _ThenRegister(spec.loader)
         return spec
 
@@ -57,9 +48,6 @@ class _ThenRegister(Loader):
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)

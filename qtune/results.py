@@ -12,8 +12,6 @@ from peft import PeftModel
 from torch import nn
 
 from qtune.bench import Bench, weight_bytes
-from qtune.data.chat import prompt_ids
-from qtune.errors import UserError
 from qtune.evaluate import compare
 from qtune.evaluate.compare import Kind, Merge, Row, Table
 from qtune.evaluate.exact_match import matches
@@ -32,17 +30,9 @@ NUM_CHECKED = 2
 
 
 class Results:
-    """Fills `table`, which is eval.json; making one loads and measures the trained model.
-
-    Raises UserError where the run has not trained its adapter yet.
-    """
+    """Fills `table`, which is eval.json; making one loads and measures the trained model."""
 
     def __init__(self, run: RunFolder, setup: Setup) -> None:
-        if not run.adapter.is_dir():
-            raise UserError(
-                f"{run.path} holds no adapter: its training has not ended; go on with "
-                f"`qtune train {run.path / 'recipe.yaml'} --resume`"
-            )
         self._run, self._setup, self._recipe = run, setup, run.recipe
         self._bench = Bench(setup)
         self._path = run.path / "eval.json"
@@ -84,7 +74,11 @@ class Results:
             bases = [wanted]
         rows = {
             onto: self._export(
-                "bf16", replace(self._trained, onto=onto), f"bf16-{onto}", f"merged onto {onto}"
+                "bf16",
+                replace(self._trained, onto=onto),
+                f"bf16-{onto}",
+                f"merged onto {onto}",
+                kind="merged",
             )
             for onto in bases
         }
@@ -98,9 +92,11 @@ class Results:
                 shutil.rmtree(folder)
         losses = ", ".join(f"{rows[onto].loss:.4f} onto {onto}" for onto in bases)
         self.table.merge = Merge(best, f"held-out loss {losses}")
-        self._put(replace(rows[best], name="export bf16"), instead=rows[best].name)
+        self._put(replace(rows[best], name="export bf16", kind="export"), instead=rows[best].name)
 
-    def _export(self, name: str, trained: Trained, folder_name: str, title: str) -> Row:
+    def _export(
+        self, name: str, trained: Trained, folder_name: str, title: str, kind: Kind = "export"
+    ) -> Row:
         """Write one export, load it again, check and measure it."""
         folder = exporter.export(name, trained, self._run.exports / folder_name)
         model = verify.reload(name, folder, self._setup.base, self._setup.device)
@@ -108,11 +104,11 @@ class Results:
         if exact:
             rows = [sample.ids for sample in self._setup.data.held_out[:NUM_CHECKED]]
             verify.check_logits(model, self._trained.model, rows)
-        question = self._setup.data.held_out[0].row.messages[:-1]
-        verify.add_golden(folder, model, prompt_ids(self._setup.tokenizer, question))
+        first = self._setup.data.held_out[0]
+        verify.add_golden(folder, model, first.ids[: first.supervised.index(True)])
         consumer = exporter.load_exporter(name).consumer
         size = weight_bytes(folder)
-        row, _ = self._add(title, "export", model, size_bytes=size, consumer=consumer, exact=exact)
+        row, _ = self._add(title, kind, model, size_bytes=size, consumer=consumer, exact=exact)
         return row
 
     def _add(

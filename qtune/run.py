@@ -10,21 +10,21 @@ from collections.abc import Sequence
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from peft import PeftModel
 
 from qtune import run_folder, show
 from qtune.environment import environment
 from qtune.export import exporter
-from qtune.export.adapter import write_adapter
 from qtune.memory import Peak
 from qtune.model.load import add_adapter, load_base
-from qtune.plan import make_plan
+from qtune.plan import Plan, make_plan
 from qtune.progress import console
 from qtune.recipe import Recipe
 from qtune.report import write_report
 from qtune.results import Results
 from qtune.run_folder import RunFolder
 from qtune.setup import Setup, open_setup
-from qtune.train import loop, state
+from qtune.train import log, loop, state
 
 
 def train(recipe: Recipe, *, resume: bool = False) -> None:
@@ -33,19 +33,16 @@ def train(recipe: Recipe, *, resume: bool = False) -> None:
     Raises UserError for what the user can mend; before training starts, with nothing written.
     """
     exporter.check(recipe, recipe.export, recipe.merge.quantized)
-    earlier = run_folder.reopen(recipe) if resume else None
-    if earlier is None:
-        run_folder.check_free(recipe.run)
-    accelerator = Accelerator(log_with=["wandb"] if recipe.log.wandb else [])
+    run_folder.check(recipe, resume=resume)
+    log.check_wandb(recipe)
+    accelerator = Accelerator(log_with="wandb" if recipe.log.wandb else None)
     setup = open_setup(recipe, accelerator)
-    plan = make_plan(recipe, setup.base, setup.data.train, setup.device)
+    plan = make_plan(recipe, setup.base, setup.data.train, setup.device, accelerator.num_processes)
     run_folder.check_disk(recipe.run, plan.disk_bytes)
     show.plan(plan, setup)
-    run = earlier or run_folder.create(recipe)
-    if accelerator.is_main_process:
-        run.write("plan.json", plan.to_json())
-        run.write("environment.json", environment(setup.device))
-    fit(run, setup, plan.steps, accelerator)
+    run = RunFolder(recipe.run, recipe)
+    if not run.adapter.is_dir():
+        fit(run, setup, plan, accelerator)
     if accelerator.is_main_process:
         results = Results(run, setup)
         results.measure_bases()
@@ -54,13 +51,39 @@ def train(recipe: Recipe, *, resume: bool = False) -> None:
         show.results(results.table, run)
 
 
-def fit(run: RunFolder, setup: Setup, num_steps: int, accelerator: Accelerator) -> None:
+def fit(run: RunFolder, setup: Setup, plan: Plan, accelerator: Accelerator) -> None:
     """Train the adapter from the last checkpoint, or from the start, and write it to `adapter/`."""
     recipe = run.recipe
-    set_seed(recipe.seed)
-    if recipe.log.wandb:
-        accelerator.init_trackers(recipe.log.wandb, init_kwargs={"wandb": {"dir": str(run.path)}})
+    fresh = state.fresh(setup.data.train, accelerator.num_processes)
+    start = state.resumed(run.checkpoints, fresh)
+    if accelerator.is_main_process:
+        run_folder.create(recipe)
+        run.write("plan.json", plan.to_json())
+        run.write("environment.json", environment(setup.device))
+    log.start_wandb(recipe, run.path, accelerator)
     peak = Peak(setup.device)
+    job = loop.Job(
+        recipe=recipe,
+        model=_model(setup),
+        samples=setup.data.train,
+        held_out=setup.data.held_out[: recipe.evaluate.loss_rows],
+        num_steps=plan.steps,
+        folder=run.path,
+        start=start,
+        peak=peak,
+    )
+    loop.train(job, accelerator)
+    if accelerator.is_main_process:
+        exporter.write_run_adapter(job.model, run.adapter, recipe.model, recipe.revision)
+    accelerator.end_training()
+    # it would keep the model in memory while others are measured
+    accelerator.free_memory()
+
+
+def _model(setup: Setup) -> PeftModel:
+    """The quantized base with a fresh adapter, the same one in every process."""
+    recipe = setup.recipe
+    set_seed(recipe.seed)
     base = load_base(
         setup.base,
         recipe.quant,
@@ -70,24 +93,7 @@ def fit(run: RunFolder, setup: Setup, num_steps: int, accelerator: Accelerator) 
     model = add_adapter(base, recipe.lora)
     if recipe.train.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
-    start = state.fresh(setup.data.train, accelerator.num_processes)
-    job = loop.Job(
-        recipe=recipe,
-        model=model,
-        samples=setup.data.train,
-        held_out=setup.data.held_out[: recipe.evaluate.loss_rows],
-        num_steps=num_steps,
-        folder=run.path,
-        start=state.resumed(run.checkpoints, start),
-        peak=peak,
-    )
-    loop.train(job, accelerator)
-    if accelerator.is_main_process:
-        partial = run.path / ".adapter.partial"
-        partial.mkdir(exist_ok=True)
-        write_adapter(model, partial, recipe.model, recipe.revision)
-        partial.rename(run.adapter)
-    accelerator.end_training()
+    return model
 
 
 def check(recipe: Recipe) -> None:
@@ -101,6 +107,7 @@ def check(recipe: Recipe) -> None:
 
 def evaluate(run: RunFolder) -> None:
     """Measure the run's base, quantized and tuned model again, and write its report."""
+    run.check_trained()
     results = Results(run, open_setup(run.recipe, Accelerator()))
     results.measure_bases()
     report(run)
@@ -109,6 +116,7 @@ def evaluate(run: RunFolder) -> None:
 
 def export(run: RunFolder, names: Sequence[str]) -> None:
     """Write and measure exports of the run, and write its report."""
+    run.check_trained()
     exporter.check(run.recipe, tuple(names), run.recipe.merge.quantized)
     results = Results(run, open_setup(run.recipe, Accelerator()))
     results.export(names)
@@ -118,4 +126,4 @@ def export(run: RunFolder, names: Sequence[str]) -> None:
 
 def report(run: RunFolder) -> None:
     """Write the run's report.html."""
-    console.print(f"report: {write_report(run)}")
+    console.print(f"report: {write_report(run)}", markup=False, soft_wrap=True)

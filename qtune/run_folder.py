@@ -42,6 +42,14 @@ class RunFolder:
         """The page that shows it all."""
         return self.path / "report.html"
 
+    def check_trained(self) -> None:
+        """Raises UserError where the run has not trained its adapter yet."""
+        if not self.adapter.is_dir():
+            raise UserError(
+                f"{self.path} holds no adapter: its training has not ended; go on with "
+                f"`qtune train {self.path / 'recipe.yaml'} --resume`"
+            )
+
     def write(self, name: str, value: Any) -> None:
         """Write a JSON file of the run; it is there whole or not at all."""
         write_json(self.path / name, value)
@@ -52,28 +60,23 @@ class RunFolder:
         return json.loads(path.read_text()) if path.exists() else None
 
 
-def check_free(path: Path) -> None:
-    """Raises UserError where a run is there already or the folder could not be written."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(
-            f"run folder {path} exists: continue that run with --resume, or choose another name, "
-            f"for example run={_free_name(path)}"
-        )
-    place = next(p for p in (path, *path.absolute().parents) if p.exists())
-    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
-        raise UserError(f"run folder {path} cannot be written: no permission in {place}")
+def check(recipe: Recipe, *, resume: bool) -> None:
+    """Raises UserError unless the run folder can be made or, to resume, holds a run of this recipe."""
+    if resume:
+        _check_same(recipe)
+    else:
+        _check_free(recipe.run)
 
 
 def create(recipe: Recipe) -> RunFolder:
-    """A new run folder with the resolved recipe in it."""
+    """The recipe's run folder, made where it is not there, with the resolved recipe in it."""
     path = recipe.run
     try:
         path.mkdir(parents=True, exist_ok=True)
-        run = RunFolder(path, recipe)
         _write_text(path / "recipe.yaml", recipe_yaml.dump(recipe))
     except OSError as error:
         raise UserError(f"run folder {path} cannot be written: {error.strerror}") from error
-    return run
+    return RunFolder(path, recipe)
 
 
 def open_run(path: Path) -> RunFolder:
@@ -81,23 +84,6 @@ def open_run(path: Path) -> RunFolder:
     if not (path / "recipe.yaml").is_file():
         raise UserError(f"{path} is no run folder: it holds no recipe.yaml; give `run` of a recipe")
     return RunFolder(path, recipe_yaml.load(path / "recipe.yaml"))
-
-
-def reopen(recipe: Recipe) -> RunFolder:
-    """The folder of the same recipe's earlier run; raises UserError for another recipe, naming what differs."""
-    run = open_run(recipe.run)
-    now, before = (_flat(asdict(r)) for r in (recipe, run.recipe))
-    differing = [
-        f"{key}: {before.get(key)} -> {now.get(key)}"
-        for key in sorted(now.keys() | before.keys())
-        if now.get(key) != before.get(key)
-    ]
-    if differing:
-        raise UserError(
-            f"cannot resume {recipe.run}: the recipe has changed ({'; '.join(differing)}); "
-            "put it back, or start a new run with run=NAME"
-        )
-    return run
 
 
 def check_disk(path: Path, needed: int) -> None:
@@ -114,6 +100,35 @@ def check_disk(path: Path, needed: int) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file under a temporary name and rename it."""
     _write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def _check_free(path: Path) -> None:
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(
+            f"run folder {path} exists: continue that run with --resume, or choose another name, "
+            f"for example run={_free_name(path)}"
+        )
+    place = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        raise UserError(f"run folder {path} cannot be written: no permission in {place}")
+
+
+def _check_same(recipe: Recipe) -> None:
+    """Raises UserError where there is no run, or one of another recipe, naming what differs."""
+    if not (recipe.run / "recipe.yaml").is_file():
+        raise UserError(f"nothing to resume: {recipe.run} holds no run; start it without --resume")
+    run = open_run(recipe.run)
+    now, before = (_flat(asdict(r)) for r in (recipe, run.recipe))
+    differing = [
+        f"{key}: {before.get(key)} -> {now.get(key)}"
+        for key in sorted(now.keys() | before.keys())
+        if now.get(key) != before.get(key)
+    ]
+    if differing:
+        raise UserError(
+            f"cannot resume {recipe.run}: the recipe has changed ({'; '.join(differing)}); "
+            "put it back, or start a new run with run=NAME"
+        )
 
 
 def _write_text(path: Path, text: str) -> None:

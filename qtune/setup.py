@@ -8,6 +8,8 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from qtune.data.prepare import Dataset, prepare
+from qtune.errors import UserError
+from qtune.evaluate.exact_match import matches
 from qtune.model.load import load_tokenizer, register
 from qtune.model.sources import resolve
 from qtune.progress import console
@@ -29,13 +31,40 @@ class Setup:
 
 def open_setup(recipe: Recipe, accelerator: Accelerator) -> Setup:
     """The opened recipe; raises UserError for whatever is missing or damaged."""
+    _check_processes(recipe, accelerator)
     register()
     with accelerator.main_process_first():
-        base = resolve(recipe.model, revision=recipe.revision, report=console.print)
+        base = resolve(recipe.model, revision=recipe.revision, report=_say)
     tokenizer = load_tokenizer(base, trust_remote_code=recipe.trust_remote_code)
     data = prepare(recipe.data, tokenizer, recipe.seed)
+    _check_references(recipe, data)
     for finding in data.warnings[:MOST_WARNINGS]:
-        console.print(f"[yellow]note[/] {finding}")
+        _say(f"note: {finding}")
     if len(data.warnings) > MOST_WARNINGS:
-        console.print(f"[yellow]note[/] and {len(data.warnings) - MOST_WARNINGS} more")
+        _say(f"note: and {len(data.warnings) - MOST_WARNINGS} more")
     return Setup(recipe, base, tokenizer, data, accelerator.device)
+
+
+def _check_processes(recipe: Recipe, accelerator: Accelerator) -> None:
+    if recipe.train.batch_size < accelerator.num_processes:
+        raise UserError(
+            f"train.batch_size ({recipe.train.batch_size}) leaves some of the "
+            f"{accelerator.num_processes} processes without a sample; raise it, or start fewer"
+        )
+
+
+def _check_references(recipe: Recipe, data: Dataset) -> None:
+    """Raises UserError for an expected answer that no answer could match."""
+    metric = recipe.evaluate.metric
+    for row in data.test[: recipe.evaluate.answer_rows]:
+        expected = row.messages[-1]["content"]
+        if not matches(expected, expected, metric):
+            raise UserError(
+                f"{row.place}: the expected answer is no JSON, which evaluate.metric: {metric} "
+                f"compares; mend the row, or set evaluate.metric: exact_match"
+            )
+
+
+def _say(text: str) -> None:
+    # file names and tokens may hold what rich takes for markup
+    console.print(text, markup=False, soft_wrap=True)

@@ -48,7 +48,7 @@ def plan(plan: Plan, setup: Setup) -> None:
 def samples(setup: Setup) -> None:
     """Print a few training samples; what is learned is green, on a terminal, and between ‹ and ›."""
     for sample in setup.data.train[:NUM_SAMPLES]:
-        console.rule(sample.row.place)
+        console.rule(Text(sample.row.place))
         console.print(_marked(sample, setup), soft_wrap=True)
 
 
@@ -61,7 +61,7 @@ def results(table: Table, run: RunFolder) -> None:
         f"qtune export {run.path} --to bf16",
         f"qtune eval {run.path}",
     ):
-        console.print(f"  {command}", style="bold", highlight=False)
+        console.print(Text(f"  {command}", style="bold"), soft_wrap=True)
 
 
 def _marked(sample: Sample, setup: Setup) -> Text:

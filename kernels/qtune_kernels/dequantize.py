@@ -1,8 +1,9 @@
 """Codes -> weights, in one pass over the storage.
 
-Products are taken in float32 and rounded once, so every device gives the same bits. On the CPU the work goes
-through buffers small enough for the second-level cache; the kernel for CUDA is in dequantize_triton.py, which
-is imported with the first CUDA tensor because importing Triton takes longer than everything else here.
+Products are taken in float32 and rounded once, so every device gives the same bits. On the CPU the
+work goes through buffers small enough for the second-level cache; the kernel for CUDA is in
+dequantize_triton.py, which is imported with the first CUDA tensor because importing Triton takes
+longer than everything else here.
 """
 
 from collections.abc import Sequence
@@ -33,10 +34,10 @@ def dequantize(
     in_features: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Weights [O, I] in `dtype` of storage bytes (`packing.pack`) and scales in 8 bits (`scales.Scales`).
+    """Weights [O, I] in `dtype` of storage bytes (`packing.pack`) and scales (`scales.Scales`).
 
-    A 4-bit code stands for its entry in `levels`; where `levels` is empty, codes have 8 bits and stand for
-    (code - 128) / 127. A weight is that times the scale of its group.
+    A 4-bit code stands for its entry in `levels`; where `levels` is empty, codes have 8 bits and
+    stand for (code - 128) / 127. A weight is that times the scale of its group.
     """
     flat = packed.new_empty(stored_weights(packed, levels), dtype=dtype)
     scales = Scales(scale_codes, scale_scales, scale_offset)
@@ -45,12 +46,32 @@ def dequantize(
 
 
 @dequantize.register_fake
-def _(packed, scale_codes, scale_scales, scale_offset, levels, group_size, out_features, in_features, dtype):  # type: ignore[no-untyped-def]  # noqa: E501
+def _(
+    packed: Tensor,
+    scale_codes: Tensor,
+    scale_scales: Tensor,
+    scale_offset: Tensor,
+    levels: Sequence[float],
+    group_size: int,
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
     return packed.new_empty(out_features, in_features, dtype=dtype)
 
 
 @dequantize.register_kernel("cuda")
-def _(packed, scale_codes, scale_scales, scale_offset, levels, group_size, out_features, in_features, dtype):  # type: ignore[no-untyped-def]  # noqa: E501
+def _(
+    packed: Tensor,
+    scale_codes: Tensor,
+    scale_scales: Tensor,
+    scale_offset: Tensor,
+    levels: Sequence[float],
+    group_size: int,
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
     from qtune_kernels import dequantize_triton
 
     weights = packed.new_empty(out_features, in_features, dtype=dtype)
@@ -105,9 +126,10 @@ def _unit_scales(scales: Tensor, group_size: int, unit: int, num_runs: int) -> T
 
 @cache
 def _plane_tables(levels: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Two tables over all pairs of bytes: the two low, and the two high, nibbles' levels as one int64.
+    """Two tables over all pairs of bytes, for the low and the high nibbles, int64 [65536].
 
-    Four weights cost two look-ups instead of four, and each table still fits in the second-level cache.
+    An entry is two float32 levels, so four weights cost two look-ups instead of four, and each
+    table still fits in the second-level cache.
     """
     with torch.inference_mode(False):
         level = torch.tensor(levels, dtype=torch.float32, device=device)
@@ -141,7 +163,7 @@ def _scale_codes(weights: Tensor, codes: Tensor, steps: Tensor) -> None:
 
 
 def _scratch_like(shape_of: Tensor, role: str, dtype: torch.dtype) -> Tensor:
-    """An uninitialized buffer in the shape of a tensor; on the CPU it is reused from call to call."""
+    """An uninitialized buffer in the shape of a tensor; on the CPU the next call reuses it."""
     if shape_of.device.type != "cpu":
         return torch.empty_like(shape_of, dtype=dtype)
     return scratch(role, shape_of.numel(), dtype).view(shape_of.shape)

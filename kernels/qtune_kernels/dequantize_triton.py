@@ -1,8 +1,9 @@
 """The CUDA kernels of `dequantize`: one launch, codes and scale codes in, rounded weights out.
 
-Levels come from `tl.gather` on a 16-entry float32 table, which the compiler keeps in shared memory: exact,
-and 8 to 10 instructions a weight where a chain of selects takes 22. Products and sums stay apart
-(`enable_fp_fusion=False`), so that the bits are those of the plain PyTorch version.
+Levels come from `tl.gather` on a 16-entry float32 table, which the compiler keeps in shared
+memory: exact, and 8 to 10 instructions a weight where a chain of selects takes 22. Products and
+sums stay apart (`enable_fp_fusion=False`), so that the bits are those of the plain PyTorch
+version.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from qtune_kernels.scales import SCALE_GROUP, Scales, dynamic_map
 _HALF = tl.constexpr(RUN // 2)
 _SCALE_GROUP = tl.constexpr(SCALE_GROUP)
 # weights that a program of four warps writes
-PROGRAM_WEIGHTS = 8192
+PROGRAM_WEIGHTS = 16384
 
 
 def dequantize_into(
@@ -55,7 +56,7 @@ def levels_table(levels: tuple[float, ...], device: torch.device) -> Tensor:
 
 @triton.jit
 def group_scale(codes_ptr, scales_ptr, offset, map_ptr, group, live):
-    """The float32 scales of quantization groups; where not `live` (None: all are), nothing is read."""
+    """Float32 scales of quantization groups; where not `live` (None: all are), nothing is read."""
     if live is None:
         code = tl.load(codes_ptr + group)
         spread = tl.load(scales_ptr + group // _SCALE_GROUP)

@@ -1,9 +1,10 @@
 """y = x W^T and dx = dy W, straight from codes.
 
-Autograd keeps the codes, never a dequantized matrix, and there is no gradient for the frozen weight. On the
-CPU, and on CUDA for many rows, a matrix is dequantized into a temporary and multiplied by the vendor's GEMM;
-on the CPU that temporary is one buffer for all layers. For few rows on CUDA the kernels of linear_triton.py
-decode the weight inside the product; linear_tiles.py decides.
+Autograd keeps the codes, never a dequantized matrix, and there is no gradient for the frozen
+weight. On the CPU, and on CUDA for many rows, a matrix is dequantized into a temporary and
+multiplied by the vendor's GEMM; on the CPU that temporary is one buffer for all layers. For few
+rows on CUDA the kernels of linear_triton.py decode the weight inside the product; linear_tiles.py
+decides.
 """
 
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ def linear(
     out_features: int,
     bias: Tensor | None,
 ) -> Tensor:
-    """y = x W^T + bias, [..., O] in the dtype of x [..., I]; the weight's arguments are `dequantize`'s."""
+    """y = x W^T + bias, [..., O] in the dtype of x [..., I]; for W's arguments see `dequantize`."""
     scales = Scales(scale_codes, scale_scales, scale_offset)
     shape = (out_features, x.shape[-1])
     weight = _temporary_weight(packed, scales, levels, group_size, shape, x.dtype)
@@ -39,12 +40,32 @@ def linear(
 
 
 @linear.register_fake
-def _(x, packed, scale_codes, scale_scales, scale_offset, levels, group_size, out_features, bias):  # type: ignore[no-untyped-def]
+def _(
+    x: Tensor,
+    packed: Tensor,
+    scale_codes: Tensor,
+    scale_scales: Tensor,
+    scale_offset: Tensor,
+    levels: Sequence[float],
+    group_size: int,
+    out_features: int,
+    bias: Tensor | None,
+) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
 
 
 @linear.register_kernel("cuda")
-def _(x, packed, scale_codes, scale_scales, scale_offset, levels, group_size, out_features, bias):  # type: ignore[no-untyped-def]
+def _(
+    x: Tensor,
+    packed: Tensor,
+    scale_codes: Tensor,
+    scale_scales: Tensor,
+    scale_offset: Tensor,
+    levels: Sequence[float],
+    group_size: int,
+    out_features: int,
+    bias: Tensor | None,
+) -> Tensor:
     scales = Scales(scale_codes, scale_scales, scale_offset)
     shape = (out_features, x.shape[-1])
     tile = forward_tile(x.numel() // shape[1], shape, x.dtype, group_size)
@@ -74,12 +95,30 @@ def linear_dx(
 
 
 @linear_dx.register_fake
-def _(dy, packed, scale_codes, scale_scales, scale_offset, levels, group_size, in_features):  # type: ignore[no-untyped-def]
+def _(
+    dy: Tensor,
+    packed: Tensor,
+    scale_codes: Tensor,
+    scale_scales: Tensor,
+    scale_offset: Tensor,
+    levels: Sequence[float],
+    group_size: int,
+    in_features: int,
+) -> Tensor:
     return dy.new_empty(*dy.shape[:-1], in_features)
 
 
 @linear_dx.register_kernel("cuda")
-def _(dy, packed, scale_codes, scale_scales, scale_offset, levels, group_size, in_features):  # type: ignore[no-untyped-def]
+def _(
+    dy: Tensor,
+    packed: Tensor,
+    scale_codes: Tensor,
+    scale_scales: Tensor,
+    scale_offset: Tensor,
+    levels: Sequence[float],
+    group_size: int,
+    in_features: int,
+) -> Tensor:
     scales = Scales(scale_codes, scale_scales, scale_offset)
     shape = (dy.shape[-1], in_features)
     tile = backward_tile(dy.numel() // shape[0], shape, dy.dtype, group_size)
@@ -100,7 +139,8 @@ def _temporary_weight(
 ) -> Tensor:
     """The weight [O, I] in `dtype`; on the CPU in a buffer that the next call overwrites."""
     if packed.device.type != "cpu":
-        return dequantize(packed, *scales, levels, group_size, *shape, dtype)
+        weight: Tensor = dequantize(packed, *scales, levels, group_size, *shape, dtype)
+        return weight
     flat = scratch("weight", stored_weights(packed, levels), dtype)
     dequantize_into(flat, packed, scales, levels, group_size)
     return flat[: shape[0] * shape[1]].view(shape)

@@ -1,9 +1,14 @@
 """The fused CUDA kernels of `linear` and `linear_dx`: the weight is decoded inside the product.
 
-A run of 128 columns is one [features, 64] tile of bytes that becomes two tiles of weights, one for each
-nibble plane, with one scale a row. Where one wave of programs would leave multiprocessors idle, the sum is
-split into parts that a second kernel adds in a fixed order: no atomics, so results repeat bit for bit.
-Out-of-range rows of tiles are clamped to the last one where that only feeds results that are never stored.
+A run of 128 columns is one [features, 64] tile of bytes that becomes two tiles of weights, one for
+each nibble plane, with one scale a row. Where one wave of programs would leave multiprocessors
+idle, the sum is split into parts that a second kernel adds in a fixed order: no atomics, so
+results repeat bit for bit. Out-of-range rows of tiles are clamped to the last one where that only
+feeds results that are never stored.
+
+Kernels call built-in functions of `triton.language` only (`tl.full`, not `tl.zeros`): the others
+are kernels themselves, compiled or interpreted according to how Triton was imported, which the
+tests cannot rely on.
 """
 
 from collections.abc import Sequence
@@ -111,12 +116,12 @@ def _lookup(levels: tuple[float, ...], dtype: torch.dtype) -> str:
 
 
 def _partial_sums(out: Tensor, parts: int) -> Tensor:
-    """Where the kernel writes: float32 [parts, *out.shape], or `out` itself where there is one part."""
+    """Where the kernel writes: float32 [parts, *out.shape], or `out` itself for one part."""
     return out if parts == 1 else out.new_empty(parts, *out.shape, dtype=torch.float32)
 
 
 def _add_parts(sums: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """Write the sum over parts, plus the bias, into `out`, unless the kernel has written there already."""
+    """Write the sum over parts, plus the bias, into `out`, unless the kernel has done so."""
     if sums is not out:
         grid = (triton.cdiv(out.numel(), _SUM_BLOCK),)
         _add_parts_kernel[grid](
@@ -126,12 +131,13 @@ def _add_parts(sums: Tensor, bias: Tensor | None, out: Tensor) -> None:
 
 @triton.jit
 def _weight_tiles(packed_at, live, LOOKUP: tl.constexpr, DTYPE: tl.constexpr):
-    """The two planes of a [features, 128] tile of weights, unscaled; where not `live`, any weights."""
+    """Both planes of a [features, 128] tile of weights, unscaled; where not `live`, any weights."""
     if LOOKUP == "":
         low = tl.load(packed_at, mask=live)
         high = tl.load(packed_at + _HALF, mask=live)
-        low = (low.to(tl.float32) - 128.0).to(DTYPE)
-        high = (high.to(tl.float32) - 128.0).to(DTYPE)
+        # 128ths, which are exact, and keep the scales clear of the subnormal numbers of float16
+        low = (low.to(tl.float32) * (1.0 / 128.0) - 1.0).to(DTYPE)
+        high = (high.to(tl.float32) * (1.0 / 128.0) - 1.0).to(DTYPE)
     elif tl.bfloat16 == DTYPE:
         low, high = tl.inline_asm_elementwise(
             LOOKUP,
@@ -162,8 +168,8 @@ def _tile_scales(
     low = group_scale(codes_ptr, scales_ptr, offset, map_ptr, plane // PLANES, live)
     high = group_scale(codes_ptr, scales_ptr, offset, map_ptr, (plane + 1) // PLANES, live)
     if LOOKUP == "":
-        low = low * (1.0 / 127.0)
-        high = high * (1.0 / 127.0)
+        low = low * (128.0 / 127.0)
+        high = high * (128.0 / 127.0)
     return low, high
 
 
@@ -213,7 +219,7 @@ def _few_rows_kernel(
     packed_at = packed_ptr + first * RUN_BYTES + row_at[:, None] + column[None, :]
     plane = (held_feature * num_runs + first) * 2
     offset = tl.load(scale_offset_ptr)
-    sums = tl.zeros((BLOCK_O, BLOCK_M), tl.float32)
+    sums = tl.full((BLOCK_O, BLOCK_M), 0.0, tl.float32)
     for _ in range(first, last):
         low_scale, high_scale = _tile_scales(
             scale_codes_ptr, scale_scales_ptr, offset, scale_map_ptr, plane, None, LOOKUP, GROUP
@@ -225,9 +231,7 @@ def _few_rows_kernel(
         packed_at += RUN_BYTES
         plane += 2
     sums = tl.trans(sums)
-    _store_sums(
-        sums_ptr, bias_ptr, sums, row[:, None], feature[None, :], num_rows, num_features
-    )
+    _store_sums(sums_ptr, bias_ptr, sums, row[:, None], feature[None, :], num_rows, num_features)
 
 
 @triton.jit
@@ -252,7 +256,7 @@ def _many_rows_kernel(
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     RUN_BYTES: tl.constexpr = _RUN if LOOKUP == "" else _HALF
     # neighbours in launch order share a tile of weights, which is the larger operand
-    row_tiles = tl.cdiv(num_rows, BLOCK_M)
+    row_tiles = (num_rows + BLOCK_M - 1) // BLOCK_M
     feature = tl.program_id(0) // row_tiles * BLOCK_O + tl.arange(0, BLOCK_O)
     row = tl.program_id(0) % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.arange(0, _HALF)
@@ -266,7 +270,7 @@ def _many_rows_kernel(
     packed_at = packed_ptr + first * RUN_BYTES + row_at[:, None] + column[None, :]
     plane = (held_feature * num_runs + first) * 2
     offset = tl.load(scale_offset_ptr)
-    sums = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
+    sums = tl.full((BLOCK_M, BLOCK_O), 0.0, tl.float32)
     for _ in range(first, last):
         low_scale, high_scale = _tile_scales(
             scale_codes_ptr, scale_scales_ptr, offset, scale_map_ptr, plane, None, LOOKUP, GROUP
@@ -279,9 +283,7 @@ def _many_rows_kernel(
         x_at += _RUN
         packed_at += RUN_BYTES
         plane += 2
-    _store_sums(
-        sums_ptr, bias_ptr, sums, row[:, None], feature[None, :], num_rows, num_features
-    )
+    _store_sums(sums_ptr, bias_ptr, sums, row[:, None], feature[None, :], num_rows, num_features)
 
 
 @triton.jit
@@ -304,7 +306,7 @@ def _dx_kernel(
 ):
     DTYPE: tl.constexpr = dy_ptr.dtype.element_ty
     RUN_BYTES: tl.constexpr = _RUN if LOOKUP == "" else _HALF
-    row_tiles = tl.cdiv(num_rows, BLOCK_M)
+    row_tiles = (num_rows + BLOCK_M - 1) // BLOCK_M
     run = tl.program_id(0) // row_tiles
     row = tl.program_id(0) % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.arange(0, _HALF)
@@ -317,8 +319,8 @@ def _dx_kernel(
     row_at = feature.to(tl.int64) * (num_runs * RUN_BYTES)
     packed_at = packed_ptr + run * RUN_BYTES + row_at[:, None] + column[None, :]
     offset = tl.load(scale_offset_ptr)
-    low_sums = tl.zeros((BLOCK_M, _HALF), tl.float32)
-    high_sums = tl.zeros((BLOCK_M, _HALF), tl.float32)
+    low_sums = tl.full((BLOCK_M, _HALF), 0.0, tl.float32)
+    high_sums = tl.full((BLOCK_M, _HALF), 0.0, tl.float32)
     for _ in range(first, last, BLOCK_O):
         live = feature < num_features
         low_scale, high_scale = _tile_scales(
@@ -351,7 +353,7 @@ def _add_parts_kernel(
 ):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = at < num_outputs
-    total = tl.zeros((BLOCK,), tl.float32)
+    total = tl.full((BLOCK,), 0.0, tl.float32)
     for part in tl.static_range(PARTS):
         total += tl.load(sums_ptr + part * num_outputs + at, mask=live, other=0.0)
     if bias_ptr is not None:

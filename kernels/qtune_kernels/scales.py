@@ -1,9 +1,10 @@
 """Double quantization: scales stored in 8 bits (QLoRA, arXiv 2305.14314, section 3).
 
-The scales of a matrix, less their mean, are quantized in groups of 256 against a fixed table of 256 values
-between -1 and 1 whose steps grow with the value (the "dynamic" data type of arXiv 2110.02861). This is the
-scheme of bitsandbytes bit for bit as its CUDA kernels do it: nearest entry by midpoint. Its CPU version
-looks codes up in a coarser table and differs in a quarter of a percent of them; both decode the same here.
+The scales of a matrix, less their mean, are quantized in groups of 256 against a fixed table of
+256 values between -1 and 1 whose steps grow with the value (the "dynamic" data type of arXiv
+2110.02861). This is the scheme of bitsandbytes bit for bit as its CUDA kernels do it: nearest
+entry by midpoint. Its CPU version looks codes up in a coarser table and differs in a quarter of a
+percent of them; both decode the same here.
 """
 
 from functools import cache
@@ -17,7 +18,7 @@ SCALE_GROUP = 256
 
 
 class Scales(NamedTuple):
-    """Scales in 8 bits: `codes` uint8 [S], `scales` float32 [ceil(S / 256)], `offset` float32 [1]."""
+    """Scales in 8 bits: `codes` uint8 [S], `scales` float32 [S / 256], `offset` float32 [1]."""
 
     codes: Tensor
     scales: Tensor
@@ -26,7 +27,7 @@ class Scales(NamedTuple):
 
 @cache
 def dynamic_map(device: torch.device) -> Tensor:
-    """The 256 scale levels, float32, ascending: seven decades, each with twice the entries of the last."""
+    """The 256 scale levels, float32, ascending: seven decades, each with twice as many."""
     levels = [0.0, 1.0]
     for decade in range(7):
         bounds = torch.linspace(0.1, 1, 2**decade + 1)

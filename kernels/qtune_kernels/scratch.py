@@ -1,8 +1,9 @@
 """CPU work buffers that are kept between calls.
 
-A fresh temporary the size of a weight matrix costs more in page faults than in arithmetic: the allocator hands
-large blocks back to the system, which maps and clears them again at the next call. Each thread keeps its own
-buffers, so two threads never share one, and what is in a buffer is only good until the next call.
+A fresh temporary the size of a weight matrix costs more in page faults than in arithmetic: the
+allocator hands large blocks back to the system, which maps and clears them again at the next call.
+Each thread keeps its own buffers, so two threads never share one, and what is in a buffer is only
+good until the next call.
 """
 
 import threading
@@ -14,7 +15,7 @@ _buffers = threading.local()
 
 
 def scratch(role: str, numel: int, dtype: torch.dtype) -> Tensor:
-    """This thread's CPU buffer for `role`, `dtype` [numel], not initialized; it grows and never shrinks."""
+    """This thread's CPU buffer for `role`, `dtype` [numel], uninitialized; it never shrinks."""
     kept: Tensor | None = getattr(_buffers, role, None)
     num_bytes = numel * dtype.itemsize
     if kept is None or kept.numel() < num_bytes:

@@ -21,6 +21,11 @@ def rows_of_step(num_rows: int, batch_size: int, seed: int, step: int) -> list[i
     return [order(num_rows, seed, at // num_rows)[at % num_rows] for at in places]
 
 
+def share(samples: Sequence[Sample], process: int, num_processes: int) -> list[Sample]:
+    """What one process takes of a step: every n-th by length, so that all have as much to do."""
+    return sorted(samples, key=lambda sample: -len(sample.ids))[process::num_processes]
+
+
 def micro_batches(samples: Sequence[Sample], max_tokens: int) -> list[list[Sample]]:
     """The samples of a step in groups of at most `max_tokens`, similar lengths together.
 

@@ -34,7 +34,7 @@ def prepare(settings: Data, tokenizer: "Tokenizer", seed: int) -> Dataset:
         rows, held_out = split_off(rows, seed=seed)
     else:
         held_out = load(settings.validation)
-    test = load(settings.test) if settings.test is not None else []
+    test = _questions(load(settings.test)) if settings.test is not None else []
     train_samples, held_out_samples, test_samples = (
         encode_all(
             tokenizer,
@@ -49,6 +49,14 @@ def prepare(settings: Data, tokenizer: "Tokenizer", seed: int) -> Dataset:
     findings += overlap(train_samples, held_out_samples + test_samples)
     _raise_if_fatal(findings)
     return Dataset(train_samples, held_out_samples, test, [f for f in findings if not f.fatal])
+
+
+def _questions(rows: list[Row]) -> list[Row]:
+    """The rows; raises UserError where one has an answer and nothing before it."""
+    for row in rows:
+        if len(row.messages) < 2:
+            raise UserError(f"{row.place}: a test row needs a message before the expected answer")
+    return rows
 
 
 def _raise_if_fatal(findings: Sequence[Finding]) -> None:

@@ -156,10 +156,8 @@ def _share(share: float, num: int) -> str:
 def _legend(table: Table) -> str:
     tokens = max((row.tokens for row in table.rows), default=0)
     answers = max((row.answers for row in table.rows), default=0)
-    return (
-        f"Loss on {tokens} held-out tokens; KL and top-1 per token, against {table.trained}; "
-        f"exact match on {answers} answers, with its 95 % interval."
-    )
+    text = f"Loss on {tokens} held-out tokens; KL and top-1 per token, against {table.trained}"
+    return text + (f"; exact match on {answers} answers, with its 95 % interval" if answers else "")
 
 
 def _finite_or_none(value: Any) -> Any:

@@ -103,7 +103,7 @@ def generate_ids(
 
 def _greedy(max_new_tokens: int, stops: list[int]) -> GenerationConfig:
     """Plain greedy decoding, spelt out: `generate` fills gaps with what the model recommends."""
-    return GenerationConfig(  # type: ignore[no-untyped-call]
+    return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,

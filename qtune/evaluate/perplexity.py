@@ -7,7 +7,9 @@ KL and top-1 agreement compare whole distributions with those of a Reference, th
 Reference keeps log-probabilities in float16 of the first supervised tokens only, 2 bytes times the
 vocabulary each (1500 tokens at 49k entries: 150 MB), so memory is bounded. Float16 moves a
 log-probability by up to 2^-11 of itself; after normalising again, which keeps KL >= 0, a model
-measured against itself shows a KL of about 1e-6.
+measured against itself shows a KL below 1e-6. What limits the comparison is the model's own dtype:
+one bf16 model computed in two ways (packed, one sample per row) was 1.6e-3 from itself, with 98.9 %
+top-1 agreement.
 """
 
 import math

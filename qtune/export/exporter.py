@@ -25,7 +25,16 @@ from qtune.export.folder import companions, manifest
 from qtune.export.folder.trained import Form, Trained
 from qtune.recipe import Recipe
 
-__all__ = ["Exporter", "Form", "Trained", "check", "export", "exporter_names", "load_exporter", "write_run_adapter"]
+__all__ = [
+    "Exporter",
+    "Form",
+    "Trained",
+    "check",
+    "export",
+    "exporter_names",
+    "load_exporter",
+    "write_run_adapter",
+]
 
 HELPERS = {"exporter", "verify"}
 
@@ -94,7 +103,7 @@ def export(name: str, trained: Trained, folder: Path) -> Path:
 def write_run_adapter(
     model: PeftModel, folder: Path, base: str, revision: str | None = None
 ) -> None:
-    """Write the adapter of a run as a PEFT folder for the model named `base`, whole or not at all."""
+    """Write a run's adapter as a PEFT folder for the model named `base`, whole or not at all."""
     with _in_place_of(folder, "adapter_config.json") as partial:
         write_adapter(model, partial, base, revision)
 

@@ -1,7 +1,7 @@
 """Exports loaded again with the library they are for, and compared with the model they should be.
 
 Logits are compared relative to their spread over the vocabulary, which needs no knowledge of the
-task: kernels that round differently move them by a percent or two, a wrong tensor by far more.
+task: kernels that round differently move them by a few percent, a wrong tensor by far more.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,8 +22,8 @@ from qtune.export.folder.companions import write_json
 from qtune.model.folder import read_json
 
 Model = PreTrainedModel | PeftModel
-# largest change of logits, relative to their spread, that rounding explains
-MAX_CHANGE = 0.06
+# largest change of logits, relative to their spread, that rounding explains (30 layers: 0.04)
+MAX_CHANGE = 0.1
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,8 @@ def check_logits(
         raise UserError(
             "the reloaded model differs from the one that was exported: logits by "
             f"{found.change:.1%} (limit {max_change:.1%}), KL {found.kl:.4f} per token, same best "
-            f"token in {found.top1:.0%}; most in row {row + 1} at token {token + 1} ({worst[row]:.1%})"
+            f"token in {found.top1:.0%}; most in row {row + 1} at token {token + 1} "
+            f"({worst[row]:.1%})"
         )
     return found
 
@@ -87,7 +88,8 @@ def add_golden(
     """Add the reloaded model's greedy answer to `prompt` to qtune.json, for checks elsewhere."""
     with _evaluating(model):
         ids = torch.tensor([list(prompt)], device=model.device)
-        whole = model.generate(
+        generate: Any = model.generate
+        whole = generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, use_cache=True,
             max_new_tokens=max_new_tokens,
         )  # fmt: skip

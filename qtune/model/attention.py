@@ -1,29 +1,32 @@
-"""Causal attention over samples that lie one behind the other in a single row, none seeing another.
+"""Causal attention over samples that lie end to end in a single row, none seeing another.
 
-Batches are rows without padding: `position_ids` restart at every sample, and `sample_lengths` says how long each
-is. Only here, where positions meet, the samples are laid side by side and filled up to the longest; under a
-causal mask the filling is never seen. Where lengths differ too much for that, each sample gets its own call. On
-the CPU attention runs in float32: there PyTorch's bf16 kernels take three times as long, mostly backward.
+Batches are rows without padding: `position_ids` restart at every sample, and `sample_lengths` says
+how long each is. Only here, where positions meet, the samples are laid side by side and filled up
+to the longest; under a causal mask the filling is never seen. Where lengths differ too much for
+that, each sample gets its own call. On the CPU attention runs in float32: there PyTorch's bf16
+kernels take three times as long, mostly backward.
 
-Without `sample_lengths` (generation, ordinary padded batches) the call goes to transformers' SDPA path unchanged,
-masks and caches included.
+Without `sample_lengths` (generation, ordinary padded batches) the call goes to transformers' SDPA
+path unchanged, masks and caches included. Models that do more across tokens than masked softmax
+attention (soft caps, sinks, chunks, convolutions, recurrence) keep their own code.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from torch.nn.utils.rnn import pad_sequence
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "qtune_packed"
 # most positions of the boxes laid side by side, over the tokens there are
 MOST_FILLING = 1.5
+# what the layers of a model may be for packed rows to be exact
+KINDS = {"full_attention", "sliding_attention"}
 
 
 def packed_attention(
@@ -41,10 +44,8 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attention [1, T, H, D] of query [1, H, T, D] and key, value [1, H or fewer, T, D]."""
     if sample_lengths is None:
-        return sdpa_attention_forward(  # type: ignore[no-any-return]
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout,
-            sliding_window=sliding_window, **kwargs,
-        )  # fmt: skip
+        kwargs |= {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     call = partial(_causal, scale=scaling, dropout=dropout, window=sliding_window)
     wide = torch.float32 if query.device.type == "cpu" else query.dtype
     q, k, v = (t[0].transpose(0, 1).to(wide) for t in (query, key, value))  # [T, H, D]
@@ -52,7 +53,7 @@ def packed_attention(
     if max(sizes) * len(sizes) <= MOST_FILLING * sum(sizes):
         y = _side_by_side(call, q, k, v, sizes)
     else:
-        parts = zip(*(t.split(sizes) for t in (q, k, v)), strict=True)
+        parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
         y = torch.cat([_side_by_side(call, *part, [len(part[0])]) for part in parts])
     return y.to(query.dtype).unsqueeze(0), None
 
@@ -60,35 +61,46 @@ def packed_attention(
 def _side_by_side(
     call: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, sizes: list[int]
 ) -> Tensor:
-    """Attention [T, H, D] within samples of the given sizes, in one call over [S, H, longest, D]."""
+    """Attention [T, H, D] within samples of those sizes, in one call over [S, H, longest, D]."""
     longest = max(sizes)
-    if min(sizes) == longest:
-        boxes = [t.unflatten(0, (len(sizes), longest)) for t in (q, k, v)]
-        return call(*(box.transpose(1, 2) for box in boxes)).transpose(1, 2).flatten(0, 1)
-    boxes = [pad_sequence(t.split(sizes), batch_first=True) for t in (q, k, v)]
-    y = call(*(box.transpose(1, 2) for box in boxes)).transpose(1, 2)
-    return torch.cat([part[:size] for part, size in zip(y, sizes, strict=True)])
+    places = _places(tuple(sizes), q.device)
+    boxes = [
+        t.new_zeros(len(sizes) * longest, *t.shape[1:]).index_copy(0, places, t)
+        if min(sizes) < longest
+        else t
+        for t in (q, k, v)
+    ]
+    y = call(*(box.unflatten(0, (len(sizes), longest)).transpose(1, 2) for box in boxes))
+    return y.transpose(1, 2).flatten(0, 1).index_select(0, places)
+
+
+@lru_cache(maxsize=4)
+def _places(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where each token of a packed row lies in boxes as long as the longest sample, int64 [T]."""
+    starts = (box * max(sizes) for box in range(len(sizes)))
+    return torch.cat(
+        [torch.arange(at, at + n, device=device) for at, n in zip(starts, sizes, strict=True)]
+    )
 
 
 def _causal(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, dropout: float, window: int | None
 ) -> Tensor:
     """Causal attention [S, H, T, D], each query seeing at most `window` keys."""
-    mask = None
+    options: dict[str, Any] = {"is_causal": True}
     if window is not None and q.shape[2] > window:
         at = torch.arange(q.shape[2], device=q.device)
         distance = at[:, None] - at[None, :]
-        mask = (distance >= 0) & (distance < window)
-    return scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, dropout_p=dropout, enable_gqa=True
-    )  # fmt: skip
+        options = {"attn_mask": (distance >= 0) & (distance < window)}
+    options |= {"scale": scale, "dropout_p": dropout, "enable_gqa": True}
+    return scaled_dot_product_attention(q, k, v, **options)
 
 
 def packed_inputs(position_ids: Tensor, sample_lengths: Sequence[int]) -> dict[str, Any]:
     """Keyword arguments that make a model's forward see a packed row [1, T] as separate samples.
 
-    The mask is 4-D, so that transformers builds none of its own [T, T], and hides everything, so that a model
-    that does not come by `packed_attention` shows it at once.
+    The mask is 4-D, so that transformers builds none of its own [T, T], and hides everything, so
+    that a model that does not come by `packed_attention` shows it at once.
     """
     return {
         "position_ids": position_ids,
@@ -98,7 +110,15 @@ def packed_inputs(position_ids: Tensor, sample_lengths: Sequence[int]) -> dict[s
     }
 
 
+def use_packed(model: PreTrainedModel) -> None:
+    """Let the model attend by `packed_attention`, if all its layers do across tokens is that."""
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    plain = model._supports_sdpa and model._can_set_attn_implementation()
+    if plain and not model._is_stateful and KINDS.issuperset(kinds):
+        model.set_attn_implementation(NAME)
+
+
 def register() -> None:
-    """Make transformers know `attn_implementation="qtune_packed"`; calling it again changes nothing."""
+    """Make transformers know the attention `qtune_packed`; calling it again changes nothing."""
     AttentionInterface.register(NAME, packed_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -27,7 +27,7 @@ def forward_logits(model: nn.Module, batch: Batch) -> Tensor:
 
 def inner_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside wrappers for parallel training, compilation and adapters."""
-    inner = extract_model_from_parallel(model)
+    inner = extract_model_from_parallel(model, keep_torch_compile=False)
     if isinstance(inner, PeftModel):
         inner = inner.get_base_model()
     return cast(PreTrainedModel, inner)

@@ -1,10 +1,10 @@
 """Recipe -> model ready to train: the base in its number format, the adapter on top."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from qtune.errors import UserError
 from qtune.model import attention, lora, quantizer
+from qtune.model.folder import read_json
 from qtune.quant.linear import QuantLinear
 from qtune.recipe import Lora, Quant
 
@@ -45,35 +46,31 @@ def load_base(
 ) -> PreTrainedModel:
     """The frozen base model on `device`; `quant` None loads it as it is stored.
 
-    Layers become QuantLinear while their shard is read; a folder that is already quantized loads as it is.
+    Layers become QuantLinear while their shard is read; a folder of such layers loads as it is.
+    Raises UserError where the folder is quantized otherwise than `quant` says.
     """
     register()
     logging.disable_progress_bar()
-    options: dict[str, Any] = {}
-    if quant is not None and quant.format is not None:
-        options["quantization_config"] = quantizer.QtuneConfig(
-            format=quant.format, group_size=quant.group_size, skip=list(quant.skip)
-        )
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
         device_map={"": device},
-        attn_implementation=attention.NAME,
         trust_remote_code=trust_remote_code,
-        **options,
+        **_quantization(folder, quant),
     )
+    attention.use_packed(model)
     model.requires_grad_(False)
     model.config.use_cache = False
     return model
 
 
 def add_adapter(model: PreTrainedModel, settings: Lora) -> PeftModel:
-    """The model with a fresh, trainable float32 adapter; raises UserError where no layer matches."""
+    """The model with a fresh, trainable float32 adapter; UserError: settings match no layer."""
     check_targets(model, settings)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.rank,
-        lora_alpha=settings.alpha,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]
         lora_dropout=settings.dropout,
         use_rslora=settings.rslora,
         use_dora=settings.dora,
@@ -82,27 +79,54 @@ def add_adapter(model: PreTrainedModel, settings: Lora) -> PeftModel:
         rank_pattern=settings.rank_pattern,
         alpha_pattern=settings.alpha_pattern,
     )
-    return get_peft_model(model, config)  # type: ignore[no-any-return]
+    return get_peft_model(model, config)
 
 
 def check_targets(model: nn.Module, settings: Lora) -> None:
-    """Raises UserError for a target that matches no layer and for full training of a quantized one."""
-    linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
-    known = sorted({name.rsplit(".", 1)[-1] for name in linears})
-    wanted = settings.target_modules
-    if wanted != "all-linear":
-        for target in (wanted,) if isinstance(wanted, str) else wanted:
-            if not any(name == target or name.endswith("." + target) for name in linears):
-                raise UserError(
-                    f"lora.target_modules: '{target}' matches no layer; there are: {', '.join(known)}"
-                )
+    """Raises UserError for names that match no layer and for full training of a quantized one."""
+    linears = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linears}))
+    targets = _plain(settings.target_modules)
+    for target in [] if targets == "all-linear" else targets:
+        if not any(name == target or name.endswith("." + target) for name in linears):
+            raise UserError(f"lora.target_modules: '{target}' matches no layer; there are: {known}")
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(settings, field):
+            if not any(get_pattern_key([pattern], name) == pattern for name in linears):
+                raise UserError(f"lora.{field}: '{pattern}' matches no layer; there are: {known}")
     for target in settings.modules_to_save:
-        for name, layer in linears.items():
-            if name.endswith(target) and isinstance(layer, QuantLinear):
-                raise UserError(
-                    f"lora.modules_to_save: '{target}' is quantized and cannot be trained in full; "
-                    f"add it to quant.skip"
-                )
+        _check_trainable(model, target)
+
+
+def _check_trainable(model: nn.Module, target: str) -> None:
+    """Raises UserError unless modules of that name exist and hold no codes."""
+    found = [module for name, module in model.named_modules() if name.endswith(target)]
+    if not found:
+        raise UserError(f"lora.modules_to_save: '{target}' matches no module of the model")
+    if any(isinstance(part, QuantLinear) for module in found for part in module.modules()):
+        raise UserError(
+            f"lora.modules_to_save: '{target}' is quantized and cannot be trained in full; "
+            f"add it to quant.skip"
+        )
+
+
+def _quantization(folder: Path, quant: Quant | None) -> dict[str, quantizer.QtuneConfig]:
+    """What the loader is told to quantize to; nothing where the folder is what it should be."""
+    if quant is None or quant.format is None:
+        return {}
+    wanted = quantizer.QtuneConfig(quant.format, quant.group_size, list(quant.skip))
+    stored = read_json(folder / "config.json").get("quantization_config")
+    if stored is None:
+        # for an already quantized folder transformers would ignore it
+        return {"quantization_config": wanted}
+    for key in ("quant_method", "format", "group_size"):
+        if stored.get(key) != getattr(wanted, key):
+            raise UserError(
+                f"{folder} is already quantized, with {key} {stored.get(key)} and not "
+                f"{getattr(wanted, key)}; name the 16-bit model, or set quant.format: null to take "
+                f"the folder as it is"
+            )
+    return {}
 
 
 def _plain(targets: str | tuple[str, ...]) -> str | list[str]:

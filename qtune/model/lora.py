@@ -1,9 +1,10 @@
 """LoRA (arXiv 2106.09685) on a QuantLinear, inside PEFT's own layer class.
 
-PEFT finds this class through every LoraConfig, so adapters are made, saved, loaded, merged and swapped by PEFT as
-always. Where one plain adapter is active, forward and backward run as one autograd function: it keeps x, the
-R-wide product x A^T and codes, adds in place, and casts the small adapter matrices to the dtype of x instead of
-casting x to theirs. Everything else (DoRA, dropout in training, several adapters) takes PEFT's path.
+PEFT finds this class through every LoraConfig, so adapters are made, saved, loaded, merged and
+swapped by PEFT as always. Where one plain adapter is active, forward and backward run as one
+autograd function: it keeps x, the R-wide product x A^T and codes, adds in place, and casts the
+small adapter matrices to the dtype of x instead of casting x to theirs. Everything else (DoRA,
+dropout in training, several adapters, a trained bias, autocast) takes PEFT's path.
 """
 
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from peft.tuners.lora.layer import Linear as PeftLoraLinear
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from qtune.errors import UserError
 from qtune.quant.linear import TENSORS, QuantLinear
 from qtune_kernels.linear import linear, linear_dx
 
@@ -27,22 +29,22 @@ class _LoraFunction(torch.autograd.Function):
     """y = x W^T + b + scaling (x A^T) B^T with W in codes; gradients for x, A and B."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, a: Tensor, b: Tensor, scaling: float, base: QuantLinear
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         packed, scales = base.quant_weight
         bias = None if base.bias is None else base.bias.to(x.dtype)
         weight = (packed, *scales, base.format.levels, base.group_size)
-        y = linear(rows, *weight, base.out_features, bias)
+        y: Tensor = linear(rows, *weight, base.out_features, bias)
         h = rows @ a.to(x.dtype).T
         y.addmm_(h, b.to(x.dtype).T, alpha=scaling)
         ctx.save_for_backward(x, a, b, h, packed, *scales)
         ctx.scaling, ctx.levels, ctx.group_size = scaling, base.format.levels, base.group_size
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], base.out_features)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, a, b, h, *weight = ctx.saved_tensors
         rows, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         dh = (dy @ b.to(dy.dtype)).mul_(ctx.scaling)  # [T, R]
@@ -55,8 +57,15 @@ class _LoraFunction(torch.autograd.Function):
         return dx, da, db, None, None
 
 
-class QuantLoraLinear(PeftLoraLinear):  # type: ignore[misc]
+class QuantLoraLinear(PeftLoraLinear):
     """PEFT's LoRA layer over a QuantLinear."""
+
+    @property
+    def quantized(self) -> QuantLinear:
+        """The frozen layer below the adapters."""
+        base = self.get_base_layer()
+        assert isinstance(base, QuantLinear)
+        return base
 
     def update_layer(
         self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any
@@ -64,7 +73,7 @@ class QuantLoraLinear(PeftLoraLinear):  # type: ignore[misc]
         """Add an adapter; a start that reads the base weight sees it dequantized."""
         start = config.init_lora_weights
         if isinstance(start, str) and start.lower().split("_niter")[0] in READS_WEIGHT:
-            with _dense_weight(self.get_base_layer()):
+            with _dense_weight(self.quantized):
                 super().update_layer(
                     adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs
                 )
@@ -74,64 +83,75 @@ class QuantLoraLinear(PeftLoraLinear):  # type: ignore[misc]
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y [..., O] of x [..., I]."""
         name = self._only_plain_adapter()
-        if name is None or args or kwargs:
-            y: Tensor = super().forward(x, *args, **kwargs)
-            return y
+        if name is None or args or kwargs or _autocasts(x):
+            return super().forward(x, *args, **kwargs)
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        return _LoraFunction.apply(x, a, b, self.scaling[name], self.base_layer)  # type: ignore[no-any-return]
+        y: Tensor = _LoraFunction.apply(x, a, b, self.scaling[name], self.quantized)  # type: ignore[no-untyped-call]
+        return y
 
     def merged_weight(self, adapter_names: list[str] | None = None) -> Tensor:
         """Dequantized weight plus the adapters' updates, float32 [O, I]."""
-        weight = self.get_base_layer().dequantize(torch.float32)
+        weight = self.quantized.dequantize(torch.float32)
         for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.lora_A:
+                continue
+            if self.lora_bias[name]:
+                raise UserError(f"adapter '{name}' has lora_bias, which qtune cannot merge")
             if name in self.lora_variant:
                 weight = self.lora_variant[name].merge_safe(self, name, weight)
-            elif name in self.lora_A:
+            else:
                 weight = weight + self.get_delta_weight(name).float()
         return weight
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold adapters into the codes in place, which rounds most of a small update away.
 
-        `unmerge` brings the exact codes back. To keep the update, merge into 16 bits (`merge_and_unload`).
+        `unmerge` brings the exact codes back. To keep the update, merge into 16 bits
+        (`merge_and_unload`).
         """
-        base = self.get_base_layer()
-        for name in check_adapters_to_merge(self, adapter_names):
-            weight = self.merged_weight([name])
-            if safe_merge and not torch.isfinite(weight).all():
-                raise ValueError(f"the merged weight of adapter '{name}' is not finite")
-            if not self.merged_adapters:
-                self._unmerged = {key: getattr(base, key) for key in TENSORS}
-            base.quantize(weight)
-            self.merged_adapters.append(name)
+        names = check_adapters_to_merge(self, adapter_names)
+        if not names:
+            return
+        weight = self._checked_weight(safe_merge, names)
+        if not self.merged_adapters:
+            self._unmerged = {key: getattr(self.quantized, key) for key in TENSORS}
+        self.quantized.quantize(weight)
+        self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
         """Put the codes from before `merge` back."""
         if self.merged_adapters:
             for key, tensor in self._unmerged.items():
-                setattr(self.get_base_layer(), key, tensor)
+                setattr(self.quantized, key, tensor)
             del self._unmerged
             self.merged_adapters.clear()
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The layer without adapters: dense in `compute_dtype` with them folded in, or as it was."""
-        base = self.get_base_layer()
+        """The layer without adapters: dense in `compute_dtype` with them merged, or as it was."""
+        base = self.quantized
         if not merge:
-            return base  # type: ignore[no-any-return]
-        weight = self.merged_weight(adapter_names)
-        if safe_merge and not torch.isfinite(weight).all():
-            raise ValueError("the merged weight is not finite")
+            return base
+        weight = self._checked_weight(safe_merge, adapter_names)
         dense = nn.Linear(base.in_features, base.out_features, base.bias is not None, device="meta")
         dense.weight = nn.Parameter(weight.to(base.compute_dtype), requires_grad=False)
-        dense.bias = base.bias
+        if base.bias is not None:
+            dense.bias = base.bias
         return dense
+
+    def _checked_weight(self, safe: bool, adapter_names: list[str] | None) -> Tensor:
+        weight = self.merged_weight(adapter_names)
+        if safe and not torch.isfinite(weight).all():
+            raise ValueError("the merged weight is not finite: an adapter is broken")
+        return weight
 
     def _only_plain_adapter(self) -> str | None:
         """The active adapter, where it is a single one that the fused function computes exactly."""
         active = [name for name in self.active_adapters if name in self.lora_A]
-        if len(active) != 1 or self.disable_adapters or self.merged:
+        bias = self.quantized.bias
+        trains_bias = bias is not None and bias.requires_grad
+        if len(active) != 1 or self.disable_adapters or self.merged or trains_bias:
             return None
         (name,) = active
         drops = self.training and not isinstance(self.lora_dropout[name], nn.Identity)
@@ -142,24 +162,24 @@ class QuantLoraLinear(PeftLoraLinear):  # type: ignore[misc]
 def register() -> None:
     """Make every LoraConfig know QuantLoraLinear; calling it again changes nothing.
 
-    PEFT neither saves the mapping of custom layers nor asks anybody for it when it loads an adapter, so it is set
-    whenever a LoraConfig is made.
+    PEFT neither saves the mapping of custom layers nor asks anybody for it when it loads an
+    adapter, so it is set whenever a LoraConfig is made.
     """
     original = LoraConfig.__post_init__
     if getattr(original, "knows_qtune", False):
         return
 
     def post_init(self: LoraConfig) -> None:
-        original(self)
+        original(self)  # type: ignore[no-untyped-call]
         self._register_custom_module({QuantLinear: QuantLoraLinear})
 
     post_init.knows_qtune = True  # type: ignore[attr-defined]
-    LoraConfig.__post_init__ = post_init
+    LoraConfig.__post_init__ = post_init  # type: ignore[method-assign]
 
 
 @contextmanager
 def _dense_weight(base: QuantLinear) -> Iterator[None]:
-    """For the time being `weight` is the dequantized matrix in float32; a changed one is quantized again."""
+    """Meanwhile `weight` is the dequantized matrix in float32; a changed one is quantized again."""
     packed = base.weight
     dense = base.dequantize(torch.float32)
     base.weight = nn.Parameter(dense.clone(), requires_grad=False)
@@ -170,3 +190,8 @@ def _dense_weight(base: QuantLinear) -> Iterator[None]:
         base.weight = packed
     if not torch.equal(changed, dense):
         base.quantize(changed)
+
+
+def _autocasts(x: Tensor) -> bool:
+    # the plan runs the model on `meta`, which autocast does not know
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)

@@ -210,8 +210,8 @@ def _checked(
         changed |= differs
         yield name, tensor
     if not changed and not allow_unchanged:
-        why = "the adapter is zero or too small for 16 bits" if has_adapter else "no adapter is there"
-        raise UserError(f"merging changed no weight: {why}; was it trained, and is it the right one?")
+        why = "the adapter is zero or too small" if has_adapter else "there is no adapter"
+        raise UserError(f"merging changed no weight: {why}; has it been trained?")
 
 
 def _check_known(wanted: set[str], known: set[str], folder: Path) -> None:

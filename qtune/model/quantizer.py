@@ -1,11 +1,13 @@
 """The transformers quantizer: packs each tensor as it comes out of its shard.
 
-With it `AutoModelForCausalLM.from_pretrained(folder, quantization_config=QtuneConfig(...))` is the loader for any
-architecture, and a folder saved from such a model loads again with `from_pretrained` after `import qtune`.
-Peak memory is about the quantized size plus the largest tensor: a shard's pages are given back once read.
+With it `AutoModelForCausalLM.from_pretrained(folder, quantization_config=QtuneConfig(...))` is the
+loader for any architecture, and a folder saved from such a model loads again with `from_pretrained`
+after `import qtune`. Peak memory is about the quantized size plus the largest tensor: a shard's
+pages are given back once read. Output layers stay dense whatever `skip` says.
 """
 
 import ctypes
+import mmap
 from typing import Any
 
 import torch
@@ -24,13 +26,18 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from qtune.errors import UserError
 from qtune.quant.format import load_format
 from qtune.quant.linear import QuantLinear
+from qtune.quant.weight import check_group_size
 
-PAGE = 4096
-MADV_DONTNEED = 4
+# advice to the kernel that never loses anything: what is not in a file stays where it is
+MADV_PAGEOUT = 21
+_libc = ctypes.CDLL(None)
 
 
-class QtuneConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """`quantization_config` of a model whose linear layers are QuantLinear; kept in config.json."""
+class QtuneConfig(QuantizationConfigMixin):
+    """`quantization_config` of a model whose linear layers are QuantLinear; kept in config.json.
+
+    Raises UserError for an unknown format and for a group size that is no power of two.
+    """
 
     def __init__(
         self,
@@ -39,48 +46,50 @@ class QtuneConfig(QuantizationConfigMixin):  # type: ignore[misc]
         skip: list[str] | None = None,
         **unused: Any,
     ) -> None:
-        self.quant_method = "qtune"
+        self.quant_method = "qtune"  # type: ignore[assignment]
         self.format, self.group_size = format, group_size
         self.skip = list(skip) if skip is not None else ["lm_head"]
         load_format(format)
+        check_group_size(group_size)
 
 
-class Pack(ConversionOps):  # type: ignore[misc]
+class Pack(ConversionOps):
     """A dense weight from a shard -> the uint8 tensors of its QuantLinear."""
 
-    def convert(
-        self,
-        input_dict: dict[str, Any],
-        full_layer_name: str | None = None,
-        model: PreTrainedModel | None = None,
-        **unused: Any,
+    def convert(  # type: ignore[override]
+        self, input_dict: dict[str, Any], *, full_layer_name: str, model: nn.Module, **unused: Any
     ) -> dict[str, Tensor]:
         """The packed tensors by full name, for the one weight in `input_dict`."""
         (value,) = input_dict.values()
         dense: Tensor = value[0] if isinstance(value, list) else value
         layer, _ = get_module_from_name(model, full_layer_name)
-        assert isinstance(layer, QuantLinear) and full_layer_name is not None
+        assert isinstance(layer, QuantLinear)
         packed = layer.pack(dense)
         _release_pages(dense)
         prefix = full_layer_name.removesuffix("weight")
         return {prefix + name: nn.Parameter(t, requires_grad=False) for name, t in packed.items()}
 
 
-class QtuneQuantizer(HfQuantizer):  # type: ignore[misc]
+class QtuneQuantizer(HfQuantizer):
     """Swaps nn.Linear for QuantLinear before loading and packs weights while loading."""
 
     requires_calibration = False
+    quantization_config: QtuneConfig
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """Put an empty QuantLinear where the model has a linear layer that is not skipped."""
         config = self.quantization_config
-        skip = self.get_modules_to_not_convert(model, config.skip, model._keep_in_fp32_modules)
+        # the defaults are the output layer and tied weights, which the shards do not hold
+        in_float32 = list(model._keep_in_fp32_modules or ())
+        skip = self.get_modules_to_not_convert(
+            model, config.skip, in_float32, add_default_skips=True
+        )
         targets = {
             name: layer
             for name, layer in model.named_modules()
             if type(layer) is nn.Linear and should_convert_module(name, skip)
         }
-        _check_group_size(targets, config.group_size)
+        _check_targets(targets, config.group_size)
         dtype = kwargs.get("dtype") or model.dtype
         for name, layer in targets.items():
             model.set_submodule(name, self._empty_layer(layer, dtype))
@@ -134,9 +143,13 @@ def quantized_on_meta(model: PreTrainedModel, config: QtuneConfig) -> None:
     QtuneQuantizer(config, pre_quantized=True)._process_model_before_weight_loading(model)
 
 
-def _check_group_size(layers: dict[str, nn.Linear], group_size: int) -> None:
-    """Raises UserError where the group is wider than the rows of every layer."""
-    widest = max((layer.in_features for layer in layers.values()), default=group_size)
+def _check_targets(layers: dict[str, nn.Linear], group_size: int) -> None:
+    """Raises UserError where there is no layer, or the group is wider than the rows of each."""
+    if not layers:
+        raise UserError(
+            "quant: this model has no linear layer that could be quantized; set quant.format: null"
+        )
+    widest = max(layer.in_features for layer in layers.values())
     if group_size > widest:
         raise UserError(
             f"quant.group_size ({group_size}) fits no layer: the widest row has {widest} weights; "
@@ -145,12 +158,10 @@ def _check_group_size(layers: dict[str, nn.Linear], group_size: int) -> None:
 
 
 def _release_pages(tensor: Tensor) -> None:
-    """Give the pages of a tensor that lies in a mapped shard back to the system (they can be read again)."""
-    if tensor.device.type != "cpu" or not hasattr(ctypes.CDLL(None), "madvise"):
+    """Give the pages of a tensor that lies in a mapped shard back; they can be read again."""
+    if tensor.device.type != "cpu" or not hasattr(_libc, "madvise"):
         return
-    start = -(-tensor.data_ptr() // PAGE) * PAGE
-    end = (tensor.data_ptr() + tensor.nbytes) // PAGE * PAGE
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
     if end > start:
-        ctypes.CDLL(None).madvise(
-            ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_DONTNEED
-        )
+        _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_PAGEOUT)

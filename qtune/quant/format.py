@@ -1,7 +1,8 @@
 """What a number format is, and how it is found.
 
-A format is one file in `formats/` whose name is the word used in recipes. It says how a group of weights
-becomes codes and back; packing, double quantization of the scales and kernels are written once over that.
+A format is one file in `formats/` whose name is the word used in recipes. It says how a group of
+weights becomes codes and back; packing, double quantization of the scales and kernels are written
+once over that.
 """
 
 from importlib import import_module
@@ -14,7 +15,7 @@ from qtune.errors import UserError
 
 
 class Format(Protocol):
-    """A number format: groups of weights [..., G] <-> codes, uint8 [..., G], and one scale per group [...].
+    """A number format: weights [..., G] <-> codes, uint8 [..., G], and a scale per group [...].
 
     A code decodes to `levels[code] * scale` with 4 bits and, where `levels` is empty, to
     (code - 128) / 127 * scale with 8 bits. All three functions also work on `meta` tensors.

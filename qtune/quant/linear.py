@@ -1,15 +1,21 @@
 """QuantLinear: a frozen linear layer that holds codes and hands them to the kernels.
 
-Every quantized tensor is a frozen uint8 Parameter, float32 scales as their bytes. So nothing casts them
-(`.to(dtype)`, `.half()`, mixed-precision wrappers), and saving, loading, DDP and FSDP2 treat them as the plain
-tensors they are. There are no buffers and no tensor subclasses.
+Every quantized tensor is a frozen uint8 Parameter, float32 scales as their bytes. So nothing casts
+them (`.to(dtype)`, `.half()`, mixed-precision wrappers), and saving, loading, DDP and FSDP2 treat
+them as the plain tensors they are. There are no buffers and no tensor subclasses.
 """
 
 import torch
 from torch import Tensor, nn
 
 from qtune.quant.format import load_format
-from qtune.quant.weight import QuantWeight, dequantize, quantize, storage_bytes
+from qtune.quant.weight import (
+    QuantWeight,
+    check_group_size,
+    dequantize,
+    quantize,
+    storage_bytes,
+)
 from qtune_kernels.linear import linear
 from qtune_kernels.scales import Scales
 
@@ -19,9 +25,15 @@ TENSORS = ("weight", "scale_codes", "scale_scales", "scale_offset")
 class QuantLinear(nn.Linear):
     """y = x W^T + b with W [O, I] in a number format; same inputs and outputs as `nn.Linear`.
 
-    `weight`, `scale_codes`, `scale_scales` and `scale_offset` are uint8 Parameters without gradient;
-    `compute_dtype` is what `dequantize` and PEFT use where no input dtype decides.
+    `weight`, `scale_codes`, `scale_scales` and `scale_offset` are uint8 Parameters without
+    gradient; `compute_dtype` is what `dequantize` and PEFT use where no input dtype decides.
+    Raises UserError for an unknown format and for a group size that is no power of two.
     """
+
+    scale_codes: nn.Parameter
+    scale_scales: nn.Parameter
+    scale_offset: nn.Parameter
+    bias: nn.Parameter | None  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -35,17 +47,18 @@ class QuantLinear(nn.Linear):
         device: torch.device | str | None = None,
     ) -> None:
         nn.Module.__init__(self)
+        check_group_size(group_size)
         self.in_features, self.out_features = in_features, out_features
         self.format_name, self.group_size = format_name, group_size
         self.compute_dtype = compute_dtype
         self.format = load_format(format_name)
         sizes = storage_bytes(in_features * out_features, self.format, group_size)
         for name, size in sizes.items():
-            self.register_parameter(
-                name, _frozen(torch.empty(size, dtype=torch.uint8, device=device))
-            )
-        empty_bias = torch.empty(out_features, dtype=compute_dtype, device=device) if bias else None
-        self.bias = _frozen(empty_bias) if empty_bias is not None else None  # type: ignore[assignment]
+            tensor = torch.empty(size, dtype=torch.uint8, device=device)
+            self.register_parameter(name, _frozen(tensor))
+        self.register_parameter("bias", None)
+        if bias:
+            self.bias = _frozen(torch.empty(out_features, dtype=compute_dtype, device=device))
 
     @classmethod
     def from_linear(cls, dense: nn.Linear, format_name: str, group_size: int) -> "QuantLinear":
@@ -98,9 +111,10 @@ class QuantLinear(nn.Linear):
         """y [..., O] in the dtype of x [..., I]."""
         packed, scales = self.quant_weight
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return linear(
+        y: Tensor = linear(
             x, packed, *scales, self.format.levels, self.group_size, self.out_features, bias
         )
+        return y
 
     def reset_parameters(self) -> None:
         """Nothing: codes come from a checkpoint, there is no random start."""

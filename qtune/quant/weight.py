@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from qtune.errors import UserError
 from qtune.quant.format import Format
 from qtune_kernels.dequantize import dequantize as dequantize_op
 from qtune_kernels.packing import RUN, pack, packed_bytes
 from qtune_kernels.scales import SCALE_GROUP, Scales, dequantize_scales, quantize_scales
 
+SMALLEST_GROUP = 16
 # weights quantized at a time: a few MiB in float32, which stays in the cache
 SLICE = 1 << 19
 
@@ -48,7 +50,10 @@ def dequantize(
     weight: QuantWeight, fmt: Format, group_size: int, shape: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
     """The weights [O, I] that the codes stand for, in `dtype`."""
-    return dequantize_op(weight.packed, *weight.scales, fmt.levels, group_size, *shape, dtype)
+    made: Tensor = dequantize_op(
+        weight.packed, *weight.scales, fmt.levels, group_size, *shape, dtype
+    )
+    return made
 
 
 def storage_bytes(num_weights: int, fmt: Format, group_size: int) -> dict[str, int]:
@@ -60,6 +65,14 @@ def storage_bytes(num_weights: int, fmt: Format, group_size: int) -> dict[str, i
         "scale_scales": -(-num_groups // SCALE_GROUP) * 4,
         "scale_offset": 4,
     }
+
+
+def check_group_size(group_size: int) -> None:
+    """Raises UserError for a size that groups cannot have."""
+    if group_size < SMALLEST_GROUP or group_size & (group_size - 1):
+        raise UserError(
+            f"group_size ({group_size}) must be a power of two, {SMALLEST_GROUP} or more; try 64"
+        )
 
 
 def _groups(flat: Tensor, group_size: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a run achieved in one sentence, and the few figures beside it, from whatever files it has left so far."""
+"""What a run achieved in one sentence, and the few figures beside it, from what it has left."""
 
 from typing import Any
 
@@ -19,14 +19,14 @@ def facts(files: Files) -> list[tuple[str, str, str]]:
     """Name, value and a note of the figures under the sentence."""
     found = []
     if files.plan:
-        trained, frozen = files.plan["num_trained"], files.plan["num_parameters"]
-        note = f"beside {numbers.short(frozen)} frozen" if frozen else ""
-        found.append(("Trained parameters", numbers.short(trained), note))
+        trained = numbers.short(files.plan["num_trained"])
+        frozen = f"beside {numbers.short(files.plan['num_parameters'])} frozen"
+        found.append(("Trained parameters", trained, frozen))
     if files.training:
         last = files.training[-1]
         speed = f"{last['tokens'] / last['seconds']:,.0f} tokens/s on average"
         found.append(("Training time", numbers.duration(last["seconds"]), speed))
-        read = f"{numbers.short(last['supervised_tokens'])} of them supervised"
+        read = f"{numbers.short(last['supervised_tokens'])} supervised"
         found.append(("Tokens read", numbers.short(last["tokens"]), read))
     if files.peak_bytes is not None:
         planned = f"{numbers.memory(files.plan['memory']['total'])} planned" if files.plan else ""
@@ -35,9 +35,11 @@ def facts(files: Files) -> list[tuple[str, str, str]]:
 
 
 def _change(files: Files) -> str:
-    base, tuned = _row(files, "base") or _row(files, "quantized"), _row(files, "adapter")
+    base, tuned = _row(files, "base") or _row(files, "quantized"), _trained(files)
     if base and tuned and base["exact_match"] is not None and tuned["exact_match"] is not None:
-        scores = ARROW.join(numbers.percent(row["exact_match"]) for row in (base, tuned))
+        scores = ARROW.join(
+            numbers.score(row["exact_match"], row["answers"]) for row in (base, tuned)
+        )
         return f"exact match {scores} on {tuned['answers']} unseen requests"
     if base and tuned:
         losses = ARROW.join(numbers.decimal(row["loss"], 3) for row in (base, tuned))
@@ -56,10 +58,16 @@ def _time(files: Files) -> str:
 
 
 def _size(files: Files) -> str:
-    base, tuned = _row(files, "base"), _row(files, "adapter")
+    base, tuned = _row(files, "base"), _trained(files)
     if not (base and tuned):
         return ""
     return f"{numbers.disk(tuned['size_bytes'])} instead of {numbers.disk(base['size_bytes'])}"
+
+
+def _trained(files: Files) -> dict[str, Any] | None:
+    """The trained model's row."""
+    table = files.evaluation or {"trained": None, "rows": []}
+    return next((row for row in table["rows"] if row["name"] == table["trained"]), None)
 
 
 def _row(files: Files, kind: str) -> dict[str, Any] | None:

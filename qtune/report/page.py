@@ -1,7 +1,8 @@
 """Run folder -> report.html: one page without scripts that needs nothing beside itself.
 
-The template says what stands where, page.css how it looks; here is what they show. Everything that a run wrote is
-escaped by the template engine; only the charts, made here, are markup. The same files give the same page.
+The template says what stands where, page.css how it looks; here is what they show. Everything that
+a run wrote is escaped by the template engine; only the charts, made here, are markup. The same
+files give the same page.
 """
 
 import os
@@ -13,13 +14,14 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from qtune.evaluate.exact_match import wilson_interval
 from qtune.report import headline, numbers, plots
 from qtune.report.files import Files, read
 from qtune.report.plots import Series
 from qtune.report.samples import clipped, laid_out
 from qtune.run_folder import RunFolder
 
-# widths in pixels that charts are drawn for: a page on a screen, one on a telephone, a third of the former
+# widths in pixels that charts are drawn for: a wide page, a telephone, a third of the wide page
 WIDE, NARROW, SMALL = 1040, 340, 330
 FOLDER = Path(__file__).parent
 # figure in metrics.jsonl -> the title of its chart
@@ -31,7 +33,7 @@ SMALL_CHARTS = {
 
 
 def write_report(run: RunFolder) -> Path:
-    """The path of report.html, written from what the run folder holds; it is there whole or not at all."""
+    """Path of report.html, written from the run's files; it is there whole or not at all."""
     made = run.report.with_name(f".{run.report.name}.{os.getpid()}")
     made.write_text(render(run), encoding="utf-8")
     made.replace(run.report)
@@ -50,7 +52,7 @@ def render(run: RunFolder) -> str:
     )
     environment.filters |= {
         name: getattr(numbers, name)
-        for name in ("decimal", "significant", "percent", "whole", "disk", "memory", "short")
+        for name in ("decimal", "percent", "score", "whole", "disk", "memory")
     }
     environment.filters["clipped"] = clipped
     return environment.get_template("page.html").render(
@@ -63,6 +65,8 @@ def render(run: RunFolder) -> str:
         tokens=_tokens(files),
         loss_charts=_loss_charts(files),
         window=plots.smoothed([line["loss"] for line in files.training])[1],
+        group=plots.binned(_series(files.training, "loss"), plots.LOSS_POINTS)[1],
+        logged="" if run.recipe.log.every == 1 else "logged ",
         small_charts=list(_small_charts(files)),
         memory_charts=_memory_charts(files),
         shades=plots.SHADES,
@@ -77,8 +81,9 @@ def _rows(files: Files) -> list[dict[str, Any]]:
     """Rows of the evaluation with the 95 % interval of their score."""
     rows = files.evaluation["rows"] if files.evaluation else []
     return [
-        row | {"interval": numbers.wilson(row["exact_match"], row["answers"])}
-        if row["exact_match"] is not None
+        row
+        | {"interval": wilson_interval(round(row["exact_match"] * row["answers"]), row["answers"])}
+        if row["answers"]
         else row
         for row in rows
     ]

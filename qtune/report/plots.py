@@ -1,6 +1,7 @@
-"""The charts of the page: loss, small multiples over the steps, and memory as planned and as measured.
+"""The charts of the page: loss, small multiples, and memory as planned and as measured.
 
-Each is drawn for a given width in CSS pixels, so that its text is as large on a telephone as on a wide screen.
+Each is drawn for a given width in CSS pixels, so that its text is as large on a telephone as on a
+wide screen.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,8 +17,10 @@ from qtune.report.svg import COLOURS, new_figure, settings, to_svg
 
 # a loss that falls further than by this factor is easier to read on a logarithmic axis
 LOG_FROM = 8.0
+# more points than these in a line would be a band of ink: neighbours are drawn as their mean
+LOSS_POINTS, SMALL_POINTS = 400, 150
 
-# how the parts of the plan are shaded: the base in grey, what is trained in colour, what a batch takes in a light tint
+# how parts of the plan are shaded: the base grey, what is trained in colour, a batch in light tints
 SHADES = {
     "weights": ("soft", 0.85),
     "temporary": ("soft", 0.35),
@@ -39,23 +42,33 @@ class Series:
 
 
 def smoothed(values: Sequence[float]) -> tuple[list[float], int]:
-    """The centred moving average of the values, and over how many it goes; narrower at both ends."""
+    """The centred moving average of the values, narrower at both ends; over how many it goes."""
     reach = len(values) // 30
-    means = [
-        float(np.mean(values[max(0, at - reach) : at + reach + 1])) for at in range(len(values))
-    ]
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    at = np.arange(len(values))
+    first, last = np.maximum(at - reach, 0), np.minimum(at + reach + 1, len(values))
+    means: list[float] = ((sums[last] - sums[first]) / (last - first)).tolist()
     return means, 2 * reach + 1
 
 
+def binned(series: Series, most: int) -> tuple[Series, int]:
+    """Means over groups of steps, at most that many, and the size of a group: 1 changes nothing."""
+    size = max(1, -(-len(series.steps) // most))
+    starts = range(0, len(series.steps), size)
+    values = [float(np.mean(series.values[start : start + size])) for start in starts]
+    return Series([series.steps[start] for start in starts], values), size
+
+
 def loss_chart(name: str, width: int, training: Series, held_out: Series) -> Markup:
-    """Training loss, each step light and their moving average strong, with the held-out losses as points."""
+    """Training loss, its steps light and their mean strong, and held-out losses as points."""
     with settings(name):
         figure = new_figure(width, 300 if width > 500 else 240)
         axes = figure.add_subplot()
         means, reach = smoothed(training.values)
         if training.steps:
-            light = 0.4 if reach > 1 else 1.0
-            axes.plot(training.steps, training.values, color=COLOURS["accent"], alpha=light, lw=1)
+            shown, _ = binned(training, LOSS_POINTS)
+            light = 0.5 if reach > 1 else 1.0
+            axes.plot(shown.steps, shown.values, color=COLOURS["accent"], alpha=light, lw=1)
             axes.plot(training.steps, means, color=COLOURS["accent"], lw=2)
         if held_out.steps:
             _points(axes, held_out)
@@ -69,9 +82,10 @@ def small_chart(name: str, width: int, series: Series, what: str) -> Markup:
     with settings(name):
         figure = new_figure(width, 170)
         axes = figure.add_subplot()
-        axes.plot(series.steps, series.values, color=COLOURS["accent"], lw=1.5)
-        axes.set_ylim(0, max(series.values) * 1.08 or 1)
-        axes.yaxis.set_major_locator(MaxNLocator(4))
+        shown, _ = binned(series, SMALL_POINTS)
+        axes.plot(shown.steps, shown.values, color=COLOURS["accent"], lw=1.5)
+        axes.set_ylim(0, max(shown.values) * 1.08 or 1)
+        axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
         axes.yaxis.set_major_formatter(FuncFormatter(_tick))
         _style(axes, "step")
         low, high = min(series.values), max(series.values)
@@ -84,6 +98,8 @@ def memory_chart(name: str, width: int, parts: dict[str, int], peak: int | None)
     with settings(name):
         figure = new_figure(width, 56 if peak is None else 96)
         axes = figure.add_subplot()
+        # behind the tints, so that the grid does not show through
+        axes.barh(0, sum(parts.values()) / 2**30, color=COLOURS["paper"], height=0.7)
         start = 0.0
         for part, size in parts.items():
             role, strength = SHADES.get(part, OTHER_SHADE)
@@ -94,7 +110,7 @@ def memory_chart(name: str, width: int, parts: dict[str, int], peak: int | None)
         rows = ["plan"] if peak is None else ["plan", "measured"]
         axes.set_yticks(range(len(rows)), rows)
         axes.invert_yaxis()
-        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size:g} GiB"))
         _bare(axes)
         return to_svg(figure, name, _memory_label(parts, peak))
@@ -133,19 +149,17 @@ def _style(axes: Axes, x_label: str) -> None:
     axes.set_axisbelow(True)
     axes.tick_params(length=0)
     axes.tick_params(which="minor", length=0)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
     axes.set_xlabel(x_label)
     axes.margins(x=0.01)
     for side in ("top", "left", "right"):
         axes.spines[side].set_visible(False)
-    axes.patch.set_visible(False)
 
 
 def _bare(axes: Axes) -> None:
     axes.tick_params(length=0)
     axes.grid(axis="x", lw=1)
     axes.set_axisbelow(True)
-    axes.patch.set_visible(False)
     for spine in axes.spines.values():
         spine.set_visible(False)
 
@@ -153,8 +167,11 @@ def _bare(axes: Axes) -> None:
 def _tick(value: float, _: int) -> str:
     """A tick in as few characters as it takes."""
     if value >= 1e4:
-        return f"{value / 1e3:,.0f}k"
-    return f"{value:.0e}".replace("e-0", "e-") if 0 < value < 1e-3 else f"{value:g}"
+        return f"{value / 1e3:g}k"
+    if 0 < value < 0.01:
+        digits, exponent = f"{value:.2e}".split("e")
+        return f"{float(digits):g}e{int(exponent)}"
+    return f"{value:g}"
 
 
 def _loss_label(training: Series, held_out: Series) -> str:

@@ -1,7 +1,7 @@
-"""Answers laid out for comparison: JSON objects field by field with what differs marked, all else as text.
+"""Answers laid out for comparison: JSON objects field by field with what differs marked, else text.
 
-The marks only show where to look. Whether an answer counts as correct was decided by the evaluation, and is read from
-samples.json.
+The marks only show where to look. Whether an answer counts as correct was decided by the
+evaluation, and is read from samples.json.
 """
 
 import json
@@ -65,8 +65,8 @@ def compared(answer: dict[str, Any], reference: dict[str, Any]) -> Iterator[Fiel
     for name, value in answer.items():
         state: State = "extra"
         if name in reference:
-            state = "same" if _text(value) == _text(reference[name]) else "different"
-        yield Field(name, clipped(_text(value)), state)
+            state = "same" if _spelled(value) == _spelled(reference[name]) else "different"
+        yield Field(name, clipped(json.dumps(value, ensure_ascii=False)), state)
     for name in reference:
         if name not in answer:
             yield Field(name, "", "missing")
@@ -87,8 +87,8 @@ def _object(text: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _text(value: Any) -> str:
+def _spelled(value: Any) -> str:
     """JSON of a value in one spelling; a whole number is the same with and without its point."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return json.dumps(value, ensure_ascii=False, sort_keys=True)
+    return json.dumps(value, sort_keys=True)

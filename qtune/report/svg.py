@@ -1,13 +1,15 @@
 """A matplotlib figure as an inline SVG that takes its colours and its font from the page.
 
-matplotlib draws in placeholder colours, one for each role, which are then replaced by the CSS variables of that role:
-so one drawing serves light, dark and print. Text stays text. Identifiers get the chart's name in front, since all
-charts share one page. Figures are made without pyplot, so nothing is left behind in the process.
+matplotlib draws in placeholder colours, one for each role, which are then replaced by the CSS
+variables of that role: so one drawing serves light, dark and print. Text stays text. Identifiers
+get the chart's name in front, since all charts share one page. Figures are made without pyplot, so
+nothing is left behind in the process.
 """
 
 import io
 import re
 from contextlib import AbstractContextManager
+from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib
@@ -26,7 +28,7 @@ TEXT_PX = 12
 
 # an SVG unit is a CSS pixel where matplotlib's point is 1/72 inch
 _DPI = 72
-_SETTINGS = {
+_SETTINGS: dict[Any, Any] = {
     "font.size": TEXT_PX,
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -36,6 +38,7 @@ _SETTINGS = {
     "ytick.labelcolor": COLOURS["soft"],
     "xtick.color": COLOURS["line"],
     "ytick.color": COLOURS["line"],
+    "axes.facecolor": "none",
     "axes.edgecolor": COLOURS["line"],
     "grid.color": COLOURS["line"],
 }
@@ -100,4 +103,6 @@ def _local(value: str, key: str, name: str) -> str:
 def _themed(value: str) -> str:
     for role, colour in COLOURS.items():
         value = value.replace(colour, f"var(--{role})")
-    return re.sub(r"font: (?:\d+ )?([\d.]+)px [^;]*", r"font-size: \1px", value)
+    # some releases of matplotlib write the family on its own, some in the shorthand
+    value = re.sub(r"font: (?:\d+ )?([\d.]+)px [^;]*", r"font-size: \1px", value)
+    return re.sub(r"font-family: [^;]*;? ?", "", value)

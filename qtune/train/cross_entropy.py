@@ -1,7 +1,7 @@
 """Cross entropy that keeps one matrix of the logits' own dtype, and no float32 copy of it.
 
-Rows are worked through a few at a time in float32; each leaves its loss and the gradient of its logits,
-softmax less one-hot, which the backward pass only has to scale.
+Rows are worked through a few at a time in float32; each leaves its loss and the gradient of its
+logits, softmax less one-hot, which the backward pass only has to scale.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ ROWS = 16
 
 class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
         gradient = torch.empty_like(logits)
         losses = logits.new_empty(len(targets), dtype=torch.float32)
         parts = zip(*(t.split(ROWS) for t in (logits, targets, gradient, losses)), strict=True)
@@ -30,14 +30,15 @@ class _SummedCrossEntropy(torch.autograd.Function):
         return losses.sum()
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None]:
         (gradient,) = ctx.saved_tensors
         return gradient.mul_(scale), None
 
 
 def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum over rows of -log softmax(logits)[target], float32 [], of logits [N, V] and targets int64 [N].
+    """Sum over rows of -log softmax(logits)[target], float32 [].
 
-    Its backward pass may run once.
+    Logits are [N, V], targets int64 [N]. Its backward pass may run once.
     """
-    return _SummedCrossEntropy.apply(logits, targets)  # type: ignore[no-any-return]
+    loss: Tensor = _SummedCrossEntropy.apply(logits, targets)  # type: ignore[no-untyped-call]
+    return loss

@@ -1,10 +1,15 @@
 """Figures of a run: one JSON line each in metrics.jsonl, and to Weights & Biases where the recipe asks for it."""
 
 import json
+import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+
+from qtune.errors import UserError
+from qtune.recipe import Recipe
 
 
 class MetricsLog:
@@ -18,7 +23,9 @@ class MetricsLog:
         self._path = folder / "metrics.jsonl"
         if accelerator.is_main_process:
             kept = [m for m in read_metrics(folder) if m["step"] <= step] if step else []
-            self._path.write_text("".join(json.dumps(m) + "\n" for m in kept))
+            made = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+            made.write_text("".join(json.dumps(m) + "\n" for m in kept))
+            made.replace(self._path)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Add one line for a step."""
@@ -29,8 +36,35 @@ class MetricsLog:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run folder's metrics.jsonl, oldest first; none where there is no file."""
+    """The lines of a run folder's metrics.jsonl, oldest first; none where there is no file.
+
+    A last line without its end, from a process that was killed while it wrote, is left out.
+    """
     path = folder / "metrics.jsonl"
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    whole, _, _ = path.read_text().rpartition("\n")
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def check_wandb(recipe: Recipe) -> None:
+    """Raises UserError where the recipe asks for Weights & Biases and nobody is logged in there."""
+    if recipe.log.wandb is None or os.environ.get("WANDB_MODE", "online") != "online":
+        return
+    # takes a second, and only runs that use it pay
+    import wandb
+
+    if not wandb.api.api_key:
+        raise UserError(
+            "log.wandb: not logged in to Weights & Biases; run `wandb login`, keep the figures "
+            "here with WANDB_MODE=offline, or set log.wandb to null"
+        )
+
+
+def start_wandb(recipe: Recipe, folder: Path, accelerator: Accelerator) -> None:
+    """Open a Weights & Biases run that keeps its files in the run folder, if the recipe asks for one."""
+    if recipe.log.wandb is not None:
+        # paths are no JSON
+        config = json.loads(json.dumps(asdict(recipe), default=str))
+        options = {"wandb": {"dir": str(folder)}}
+        accelerator.init_trackers(recipe.log.wandb, config, options)

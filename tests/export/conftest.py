@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -29,7 +28,7 @@ TEMPLATE = (
 )
 SIZES: dict[str, Any] = {
     "hidden_size": 128,
-    "intermediate_size": 192,
+    "intermediate_size": 256,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -58,8 +57,8 @@ def make_tokenizer() -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def write_base(folder: Path, family: str, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """A random model with weights large enough that a wrong one shows in the logits."""
+def write_model(folder: Path, family: str, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """A folder with a random model whose weights are large enough for a wrong one to show."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(FAMILIES[family], dtype=torch.float32)
     with torch.no_grad():
@@ -93,17 +92,21 @@ def make_recipe(base: Path, run: Path, **parts: Any) -> Recipe:
     return Recipe(model=str(base), data=data, train=train, run=run, **parts)
 
 
-Maker = Callable[..., Trained]
+@pytest.fixture(scope="session")
+def write_base() -> Callable[..., Path]:
+    return write_model
 
 
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("bases")
-    return {family: write_base(root / family, family) for family in FAMILIES}
+    return {family: write_model(root / family, family) for family in FAMILIES}
 
 
 @pytest.fixture(scope="session")
-def train(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Maker:
+def train(
+    bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Trained]:
     """A maker of trained models; `Trained` has the fields to change afterwards."""
 
     def make(
@@ -122,6 +125,3 @@ def train(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> M
 def rows() -> list[list[int]]:
     torch.manual_seed(2)
     return [torch.randint(3, 259, (size,)).tolist() for size in (9, 17)]
-
-
-__all__ = ["CPU", "TEMPLATE", "Maker", "make_recipe", "save_file", "shake", "write_base"]

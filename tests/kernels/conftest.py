@@ -1,7 +1,9 @@
 """Kernels run in Triton's interpreter where there is no GPU.
 
-Triton looks at TRITON_INTERPRET while it is imported, so it is set here, before any test module of this
-folder is. Tests of compiled code start processes of their own without it (machine_code.py).
+A kernel is compiled or interpreted according to TRITON_INTERPRET at the moment it is defined, so
+it is set here, before the modules with kernels are imported (nothing but CUDA tensors and these
+tests imports them). Tests of compiled code start processes of their own without it
+(machine_code.py).
 """
 
 import os

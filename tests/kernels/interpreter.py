@@ -1,10 +1,10 @@
 """Triton's interpreter made right for bfloat16, and able to run this project's inline PTX.
 
-The interpreter of Triton 3.6 and 3.9 keeps bfloat16 in uint16 arrays: products, sums and dots work on
-those integers and return garbage, conversions from integers likewise, and float32 is cut off instead of
-rounded. It has no inline assembly. `correct_interpreter` replaces the few methods at fault by ones that
-compute in float32 and round to the nearest even, and runs PTX by the model in ptx_model.py. It is to be
-called once, after `TRITON_INTERPRET=1` was set and Triton imported.
+The interpreter of Triton 3.6 and 3.9 keeps bfloat16 in uint16 arrays: products, sums and dots work
+on those integers and return garbage, conversions from integers likewise, and float32 is cut off
+instead of rounded. It has no inline assembly. `correct_interpreter` replaces the few methods at
+fault by ones that compute in float32 and round to the nearest even, and runs PTX by the model in
+ptx_model.py. It is to be called once, after `TRITON_INTERPRET=1` was set and Triton imported.
 
 Not made right, because the kernels do not use it: bfloat16 atomics and math functions.
 """
@@ -27,7 +27,7 @@ def to_float32(bits: np.ndarray) -> np.ndarray:
 
 
 def to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """The bits, uint16, of the bfloat16 nearest to each float32; ties to even, any NaN to 0x7FC0."""
+    """The bits, uint16, of the bfloat16 nearest to each float32; ties to even, NaN to 0x7FC0."""
     values = np.asarray(values, dtype=np.float32, order="C")
     bits = values.view(np.uint32)
     nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
@@ -111,9 +111,15 @@ class _Results:
 
 
 def _inline_asm(
-    self: Any, text: str, constraints: str, operands: list[Any], types: list[Any], pure: bool, pack: int
+    self: Any,
+    text: str,
+    constraints: str,
+    operands: list[Any],
+    types: list[Any],
+    pure: bool,
+    pack: int,
 ) -> _Results:
-    """`pack` neighbouring elements of each operand make up 32-bit registers, and so do the results."""
+    """`pack` neighbouring elements make up 32-bit registers, of operands and of results."""
     shape = operands[0].data.shape
     inputs: list[np.ndarray] = []
     for operand in operands:

@@ -1,7 +1,8 @@
 """Compiles kernels for a GPU that is not there and counts what the assembler made of them.
 
 Run as a program, without TRITON_INTERPRET: reads requests as JSON on standard input, one list of
-`Request` fields each, and prints one `MachineCode` each as JSON. The tools are those in Triton's wheel.
+`Request` fields each, and prints one `MachineCode` each as JSON. The tools are those in Triton's
+wheel.
 """
 
 import json
@@ -22,7 +23,7 @@ BRANCH = re.compile(r"BRA(?:\.U)?\s.*`\((\.L_x_\d+)\)")
 
 @dataclass(frozen=True)
 class Request:
-    """A kernel, its compile-time arguments and the target; a None among these leaves out a pointer."""
+    """A kernel, its target and compile-time arguments; None among these leaves out a pointer."""
 
     module: str
     kernel: str

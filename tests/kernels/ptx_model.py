@@ -1,4 +1,5 @@
-"""A model, in NumPy, of the few PTX instructions that the look-ups use, by the PTX manual's definitions."""
+"""A model, in NumPy, of the few PTX instructions that the look-ups use, by the PTX manual's
+definitions."""
 
 import operator
 from collections.abc import Callable
@@ -45,12 +46,13 @@ def permute_bytes(low: Words, high: Words, selector: Words) -> Words:
 
 
 def any_of_three(first: Words, second: Words, third: Words, table: Words) -> Words:
-    """`lop3`: bit by bit, the entry of `table` that the three bits name, the first being the highest."""
+    """`lop3`: bit by bit, the entry of `table` that three bits name, the first as the highest."""
     result = np.zeros(np.broadcast_shapes(*map(np.shape, (first, second, third))), np.uint32)
+    one = np.uint32(1)
     for bit in range(32):
-        places = [word >> np.uint32(bit) & np.uint32(1) for word in (first, second, third)]
-        entry = places[0] << np.uint32(2) | places[1] << np.uint32(1) | places[2]
-        result |= (table >> entry & np.uint32(1)) << np.uint32(bit)
+        high, middle, low = (word >> np.uint32(bit) & one for word in (first, second, third))
+        entry = high << np.uint32(2) | middle << one | low
+        result |= (table >> entry & one) << np.uint32(bit)
     return result
 
 

@@ -31,7 +31,7 @@ NF4 = (
 
 
 class Sample(NamedTuple):
-    """Arguments of the ops, and the weights [O, I] in float64 computed from the codes one by one."""
+    """Arguments of the ops, and the weights [O, I] in float64, computed code by code."""
 
     packed: Tensor
     scales: Scales
@@ -48,18 +48,24 @@ class Sample(NamedTuple):
 
 
 def sample(
-    shape: tuple[int, int], levels: Sequence[float] = NF4, group_size: int = 64, seed: int = 0
+    shape: tuple[int, int],
+    levels: Sequence[float] = NF4,
+    group_size: int = 64,
+    *,
+    largest: float = 0.025,
+    seed: int = 0,
 ) -> Sample:
-    """A matrix of random codes of 4 bits, or of 8 where `levels` is empty."""
+    """A matrix of random codes of 4 bits, or of 8 where `levels` is empty, up to `largest`."""
     generator = torch.Generator().manual_seed(seed)
     num_weights = shape[0] * shape[1]
     bits = 4 if levels else 8
     codes = torch.randint(0, 1 << bits, (num_weights,), generator=generator, dtype=torch.uint8)
     num_groups = -(-num_weights // group_size)
-    scales = quantize_scales(torch.rand(num_groups, generator=generator) * 0.02 + 0.005)
+    spread = torch.rand(num_groups, generator=generator) * 0.8 + 0.2
+    scales = quantize_scales(spread * largest)
     values = levels or [(code - 128) / 127 for code in range(256)]
     weights = torch.tensor(values, dtype=torch.float64)[codes.long()]
-    weights *= dequantize_scales(scales).double()[torch.arange(num_weights) // group_size]
+    weights *= dequantize_scales(scales).double().repeat_interleave(group_size)[:num_weights]
     packed = pack(codes, bits)
     return Sample(packed, scales, tuple(levels), group_size, weights.view(shape))
 

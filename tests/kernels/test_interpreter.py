@@ -56,7 +56,8 @@ pytestmark = pytest.mark.usefixtures("device")
 
 def test_rounding_is_that_of_torch() -> None:
     values = torch.cat([torch.randn(10_000) * 1e3, torch.tensor([torch.inf, 1e38, 0.0, -0.0])])
-    ties = (torch.randint(0, 1 << 14, (1000,), dtype=torch.int32) << 16 | 0x8000).view(torch.float32)
+    high_halves = torch.randint(0, 1 << 14, (1000,), dtype=torch.int32)
+    ties = (high_halves << 16 | 0x8000).view(torch.float32)
     for tensor in (values, ties):
         bits = to_bfloat16(tensor.numpy())
         truth = tensor.bfloat16()
@@ -106,6 +107,11 @@ def test_loops_with_run_time_bounds() -> None:
 def test_inline_assembly_sees_packed_elements() -> None:
     stored = torch.randint(0, 256, (64,), dtype=torch.uint8)
     low, high = torch.zeros(2, 64, dtype=torch.uint8)
-    text = "{ .reg .b32 t; and.b32 $0, $2, 0x0f0f0f0f; shr.u32 t, $2, 4; and.b32 $1, t, 0x0f0f0f0f; }"
+    text = """{
+        .reg .b32 t;
+        and.b32 $0, $2, 0x0f0f0f0f;
+        shr.u32 t, $2, 4;
+        and.b32 $1, t, 0x0f0f0f0f;
+    }"""
     _assembly_kernel[(1,)](stored, low, high, TEXT=text, BLOCK=64)
     assert torch.equal(low, stored & 15) and torch.equal(high, stored >> 4)

@@ -7,6 +7,8 @@ import torch
 from samples import NF4, Sample, error, sample
 
 from qtune_kernels.linear_tiles import Tile
+from qtune_kernels.lookup import lookup_ptx
+from qtune_kernels.scales import dynamic_map
 
 kernels = pytest.importorskip("qtune_kernels.linear_triton")
 
@@ -68,6 +70,21 @@ def test_input_gradients_are_as_exact_as_those_of_torch(shape, dtype, levels, de
     assert error(backward(made, dy, MANY), truth) <= 2 * plain
 
 
+@BITS
+def test_small_weights_keep_their_precision(levels, device) -> None:
+    made = sample((32, 256), levels, largest=1e-3).to(device)
+    x, dy = (inputs(9, width, torch.float16, device) for width in (256, 32))
+    forward_truth, backward_truth = x.double() @ made.weights.T, dy.double() @ made.weights
+    plain = made.weights.half()
+    assert error(forward(made, x, None, FEW), forward_truth) <= 2 * error(
+        x @ plain.T, forward_truth
+    )
+    assert error(forward(made, x, None, MANY), forward_truth) <= 2 * error(
+        x @ plain.T, forward_truth
+    )
+    assert error(backward(made, dy, MANY), backward_truth) <= 2 * error(dy @ plain, backward_truth)
+
+
 @pytest.mark.parametrize("group_size", [128, 256])
 def test_groups_may_span_planes_and_rows(group_size: int, device) -> None:
     made = sample((9, 384), NF4, group_size).to(device)
@@ -105,3 +122,39 @@ def test_results_repeat_bit_for_bit(run: str, device) -> None:
         for _ in range(2)
     ]
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("name", ["_few_rows_kernel", "_many_rows_kernel", "_dx_kernel"])
+def test_each_part_is_written_in_its_place_and_nothing_beyond(name: str, device) -> None:
+    made = sample((45, 640)).to(device)
+    is_dx = name == "_dx_kernel"
+    rows = inputs(5, 45 if is_dx else 640, torch.bfloat16, device)
+    width = 640 if is_dx else 45
+    num_tiles, num_parts, steps_a_part = (5, 2, 1) if is_dx else (2, 2, 3)
+    guarded = torch.full((num_parts * 5 * width + 2 * GUARD,), torch.nan, device=device)
+    sums = guarded[GUARD:-GUARD].view(num_parts, 5, width)
+    getattr(kernels, name)[(num_tiles, num_parts)](
+        rows,
+        made.packed,
+        *made.scales,
+        dynamic_map(device),
+        *(() if is_dx else (None,)),
+        sums,
+        5,
+        45,
+        5,
+        steps_a_part,
+        LOOKUP=lookup_ptx(NF4, torch.bfloat16),
+        GROUP=64,
+        BLOCK_M=16,
+        BLOCK_O=32,
+    )
+    for part in range(num_parts):
+        if is_dx:
+            own = slice(32 * part, 32 * (part + 1))
+            truth = rows[:, own].double() @ made.weights[own]
+        else:
+            own = slice(3 * 128 * part, 3 * 128 * (part + 1))
+            truth = rows[:, own].double() @ made.weights[:, own].T
+        assert error(sums[part], truth) < 5e-3
+    assert guarded[:GUARD].isnan().all() and guarded[-GUARD:].isnan().all()

@@ -3,10 +3,12 @@
 import copy
 import io
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -90,7 +92,7 @@ def test_only_codes_are_kept_for_backward(name: str) -> None:
     assert all(parameter.grad is None for parameter in layer.parameters())
 
 
-def test_nothing_is_frozen_twice_or_trained() -> None:
+def test_everything_is_frozen_and_codes_are_bytes() -> None:
     layer = make()
     assert not any(parameter.requires_grad for parameter in layer.parameters())
     assert not list(layer.buffers())
@@ -123,7 +125,7 @@ def test_leading_dimensions(shape: tuple[int, ...]) -> None:
 def test_inputs_that_are_not_contiguous() -> None:
     layer, x = make(), torch.randn(128, 6)
     y, dx = step(layer, x.t(), torch.randn(192, 6).t())
-    assert torch.allclose(y, layer(x.t().contiguous()))
+    assert torch.allclose(y, layer(x.t().contiguous()), atol=1e-5)
     assert dx.shape == (6, 128)
 
 
@@ -196,15 +198,21 @@ def test_another_size_does_not_load() -> None:
         make((128, 64)).load_state_dict(make((128, 192)).state_dict())
 
 
-def test_tensors_that_are_not_aligned_in_memory() -> None:
-    # in a mapped file a float32 may start at any byte
-    layer = make()
-    for name in TENSORS:
-        parameter = getattr(layer, name)
-        bytes_ = torch.cat([parameter.new_zeros(1), parameter.detach()])[1:]
-        setattr(layer, name, nn.Parameter(bytes_, requires_grad=False))
-    x = torch.randn(3, 128)
-    assert torch.equal(layer(x), make()(x))
+def test_float32_scales_at_odd_places_of_a_file(tmp_path: Path) -> None:
+    layer = make((77, 13))
+    file = tmp_path / "model.safetensors"
+    save_file(
+        {f"{i}.{key}": t.clone() for i in range(3) for key, t in layer.state_dict().items()}, file
+    )
+    loaded = load_file(file)
+    starts = [loaded[f"{i}.scale_scales"].data_ptr() % 4 for i in range(3)]
+    assert any(starts), "the test is to have tensors that are not aligned"
+    for i in range(3):
+        other = QuantLinear(77, 13, True, compute_dtype=torch.float32, device="meta")
+        mine = {key: loaded[f"{i}.{key}"] for key in layer.state_dict()}
+        other.load_state_dict(mine, strict=True, assign=True)
+        x = torch.randn(3, 77)
+        assert torch.equal(other(x), layer(x))
 
 
 def test_deepcopy() -> None:
@@ -247,6 +255,7 @@ def test_to_another_device() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_to_cuda_and_back() -> None:
     layer, x = make(dtype=torch.bfloat16), torch.randn(4, 128, dtype=torch.bfloat16)
     before, y = stored(layer), layer(x)

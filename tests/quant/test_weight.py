@@ -68,9 +68,7 @@ def test_views(name: str, view: Callable[[Tensor], Tensor]) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("group_size", [16, 64, 256])
-def test_slices_leave_no_seams(
-    name: str, group_size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_slices_leave_no_seams(name: str, group_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     fmt, weight = load_format(name), random_weight((50, 77))
     whole = quantize(weight, fmt, group_size)
     monkeypatch.setattr(module, "SLICE", 512)

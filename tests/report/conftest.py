@@ -8,6 +8,7 @@ import pytest
 
 from qtune import run_folder
 from qtune.recipe import Data, Evaluate, Quant, Recipe, Train
+from qtune.report import write_report
 
 STEPS = 90
 HELD_OUT = {30: 0.1421, 60: 0.0712, 90: 0.0583}
@@ -25,7 +26,8 @@ SAMPLES = [
         "prompt": "Out of pocket 936.39 CHF since October 16th, 2024: a taxi joined by Jack.",
         "before": "Sure! I can help you with that. Here is the expense as JSON:\n\n"
         '{"expense": "936.39 CHF", "date": "October 16th"}\n\nLet me know if you need more.',
-        "after": '{"date": "2024-10-16", "amount": 936.39, "category": "travel", "people": ["Jack"]}',
+        "after": '{"date": "2024-10-16", "amount": 936.39, "category": "travel", '
+        '"people": ["Jack"]}',
         "reference": '{"date": "2024-10-16", "amount": 936.39, "category": "travel", '
         '"people": ["Jack"]}',
         "correct_before": False,
@@ -34,7 +36,8 @@ SAMPLES = [
     {
         "prompt": "It was me and Andre & Lena. USD 2800 on the 3rd of December 2027: an apartment.",
         "before": '{"date": "3rd of December 2027", "cost": 2800}',
-        "after": '{"date": "2027-12-03", "amount": 2800.0, "category": "meals", "people": ["Andre"]}',
+        "after": '{"date": "2027-12-03", "amount": 2800.0, "category": "meals", '
+        '"people": ["Andre"]}',
         "reference": '{"date": "2027-12-03", "amount": 2800, "category": "lodging", '
         '"people": ["Andre", "Lena"]}',
         "correct_before": False,
@@ -54,7 +57,11 @@ SAMPLES = [
 def evaluation_row(name, kind, loss, exact_match, size_bytes, **more):
     row = {"name": name, "kind": kind, "loss": loss, "perplexity": math.exp(loss), "tokens": 2893}
     row |= {"kl": None, "top1": None, "exact_match": exact_match, "answers": 100}
-    return row | {"size_bytes": size_bytes, "tokens_per_s": 61.3, "consumer": None, "exact": None} | more
+    return (
+        row
+        | {"size_bytes": size_bytes, "tokens_per_s": 61.3, "consumer": None, "exact": None}
+        | more
+    )
 
 
 EVALUATION = {
@@ -111,16 +118,15 @@ def metrics():
             yield {"step": step, "held_out_loss": HELD_OUT[step], "held_out_tokens": 2893}
 
 
-@pytest.fixture
-def trained(tmp_path):
-    """A run that was trained and then stopped."""
+def train(folder):
+    """The run folder `quickstart` in a folder, as training leaves it."""
     recipe = Recipe(
         model="HuggingFaceTB/SmolLM2-135M-Instruct",
         data=Data(train="demo:train", validation="demo:validation", test="<script>x</script>"),
         quant=Quant(format="nf4"),
         train=Train(steps=STEPS, lr=1e-3, warmup_steps=5),
         evaluate=Evaluate(metric="json_match"),
-        run=tmp_path / "quickstart",
+        run=folder / "quickstart",
     )
     run = run_folder.create(recipe)
     plan = {
@@ -138,9 +144,8 @@ def trained(tmp_path):
     return run
 
 
-@pytest.fixture
-def finished(trained):
-    """A run with everything."""
+def finish(trained):
+    """The run with all that comes after training."""
     versions = {"qtune": "0.1.0", "torch": "2.13.0+cpu", "bitsandbytes": None}
     trained.write(
         "environment.json",
@@ -153,7 +158,12 @@ def finished(trained):
     )
     trained.write("eval.json", EVALUATION)
     trained.write("samples.json", SAMPLES)
-    for name, consumer, form in (("adapter", "peft", {}), ("qtune", "qtune", {"form": "pair"})):
+    forms = {
+        "adapter": ("peft", {"form": "adapter"}),
+        "bf16": ("transformers", {"form": "merged", "onto": "original"}),
+        "qtune": ("qtune", {"form": "pair"}),
+    }
+    for name, (consumer, form) in forms.items():
         (trained.exports / name).mkdir(parents=True)
         manifest = {
             "export": name,
@@ -163,3 +173,23 @@ def finished(trained):
         }
         trained.write(f"export/{name}/qtune.json", manifest | form)
     return trained
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A run that was trained and then stopped."""
+    return train(tmp_path)
+
+
+@pytest.fixture
+def finished(trained):
+    """A run with everything."""
+    return finish(trained)
+
+
+@pytest.fixture(scope="session")
+def reported(tmp_path_factory):
+    """A run with everything and its page, to be looked at only."""
+    run = finish(train(tmp_path_factory.mktemp("reported")))
+    write_report(run)
+    return run

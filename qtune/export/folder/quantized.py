@@ -9,16 +9,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qtune.export.adapter import base_name, write_adapter
 from qtune.export.folder.shards import write_shards
 from qtune.export.folder.trained import Trained
 from qtune.model.checkpoint import Names, bare_name, distinct_tensors
 from qtune.model.merge import merged_tensors, quant_layers, untied
+from qtune.model.quantizer import QtuneConfig, quantized_on_meta
 from qtune.quant.linear import TENSORS, QuantLinear
 
 # the tensors of a layer, by full name, given its name with the dot
@@ -50,8 +50,14 @@ def quantized_bytes(trained: Trained) -> int:
 
 def dense_linears(trained: Trained) -> list[str]:
     """Names of the linear layers that stay in 16 bits."""
-    chosen = {name.removesuffix(".weight") for name in quantized_weights(trained)}
-    return sorted(name for name in _linears(trained.model) if name not in chosen)
+    linears = {
+        bare_name(f"{name}.weight")
+        for name, layer in trained.base.named_modules()
+        if isinstance(layer, (nn.Linear, Conv1D))
+        and ".lora_" not in name
+        and ".modules_to_save" not in name
+    }
+    return sorted(name.removesuffix(".weight") for name in linears - quantized_weights(trained))
 
 
 def quantized_weights(trained: Trained) -> set[str]:
@@ -59,13 +65,12 @@ def quantized_weights(trained: Trained) -> set[str]:
     present = quant_layers(trained.model)
     if present:
         return set(present)
-    skip = list(trained.recipe.quant.skip)
-    linears = _linears(trained.model).items()
-    return {
-        f"{n}.weight"
-        for n, layer in linears
-        if type(layer) is nn.Linear and should_convert_module(n, skip)
-    }
+    quant = trained.recipe.quant
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(trained.base.config)
+    quantized_on_meta(model, QtuneConfig("nf4", quant.group_size, list(quant.skip)))
+    layers = model.named_modules()
+    return {f"{name}.weight" for name, layer in layers if isinstance(layer, QuantLinear)}
 
 
 def config_changes(trained: Trained) -> dict[str, object]:
@@ -107,13 +112,3 @@ def _merged(
         yield from encode(
             stored.removesuffix("weight"), QuantLinear.from_linear(dense, format_name, group_size)
         )
-
-
-def _linears(model: PeftModel) -> dict[str, nn.Module]:
-    """Linear layers of the base by name, adapters aside."""
-    found: dict[str, nn.Module] = {}
-    for name, layer in model.get_base_model().named_modules():
-        own = ".lora_" not in name and ".modules_to_save" not in name
-        if own and isinstance(layer, (nn.Linear, Conv1D)):
-            found[bare_name(f"{name}.weight").removesuffix(".weight")] = layer
-    return found

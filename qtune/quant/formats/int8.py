@@ -1,7 +1,8 @@
 """INT8: symmetric integers from -127 to 127, stored with an offset of 128.
 
-The plain block-wise variant: 16-bit activations meet 8-bit weights. The mixed decomposition of LLM.int8()
-(arXiv 2208.07339) also quantizes activations, which a frozen base for training does not need.
+The plain block-wise variant: 16-bit activations meet 8-bit weights. The mixed decomposition of
+LLM.int8() (arXiv 2208.07339) also quantizes activations, which a frozen base for training does not
+need.
 """
 
 import torch
@@ -13,7 +14,7 @@ class Int8:
 
     bits = 8
     levels = ()
-    # rounding a scale to 8 bits costs up to as much as rounding the weights, unless codes know of it
+    # rounding scales to 8 bits can cost more than rounding the weights, unless codes make up for it
     encodes_stored_scales = True
 
     def fit(self, groups: Tensor) -> Tensor:

@@ -1,0 +1,93 @@
+import pytest
+
+from qtune.evaluate.exact_match import matches, score, wilson_interval
+
+REFERENCE = '{"amount": 12.5, "people": ["Ann", "Bo"], "paid": true, "project": null, "n": 1}'
+
+SAME = [
+    '{"n":1,"project":null,"paid":true,"people":["Ann","Bo"],"amount":12.5}',
+    '\n {"amount": 1.25e1, "people": ["\\u0041nn", "Bo"], "paid": true,\n "project": null, "n": 1}',
+]
+DIFFERENT = [
+    "",
+    "null",
+    "[" + REFERENCE + "]",
+    REFERENCE + " Done.",
+    "```json\n" + REFERENCE + "\n```",
+    REFERENCE.replace('"n": 1', '"n": "1"'),
+    REFERENCE.replace('"n": 1', '"n": 1.0'),
+    REFERENCE.replace('"n": 1', '"n": true'),
+    REFERENCE.replace("true", "1"),
+    REFERENCE.replace("true", '"true"'),
+    REFERENCE.replace("true", "True"),
+    REFERENCE.replace("null", '""'),
+    REFERENCE.replace("null", "false"),
+    REFERENCE.replace('"Ann", "Bo"', '"Bo", "Ann"'),
+    REFERENCE.replace('"Ann", "Bo"', '"Ann"'),
+    REFERENCE.replace(', "n": 1', ""),
+    REFERENCE.replace('"n": 1', '"n": 1, "m": 2'),
+    # readers differ on which of the two counts
+    REFERENCE.replace('"n": 1', '"n": 1, "n": 1'),
+    REFERENCE.replace('"n": 1', '"n": 2, "n": 1'),
+    REFERENCE.replace("12.5", "NaN"),
+    REFERENCE.replace('"', "'"),
+    REFERENCE.replace('"n": 1', '"n": 1,'),
+    "[" * 100_000,
+    "1" * 10_000,
+]
+
+
+@pytest.mark.parametrize("answer", [REFERENCE, *SAME])
+def test_same_json(answer: str) -> None:
+    assert matches(answer, REFERENCE, "json_match")
+
+
+@pytest.mark.parametrize("answer", DIFFERENT, ids=lambda answer: answer[-24:])
+def test_different_json(answer: str) -> None:
+    assert not matches(answer, REFERENCE, "json_match")
+
+
+def test_duplicate_keys_inside_count_too() -> None:
+    assert not matches('{"a": [{"b": 1, "b": 1}]}', '{"a": [{"b": 1}]}', "json_match")
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [("Yes.", True), (" Yes.\n", True), ("yes.", False), ("Yes. No.", False), ("", False)],
+)
+def test_text(answer: str, right: bool) -> None:
+    assert matches(answer, "Yes.", "exact_match") is right
+
+
+def test_text_metric_does_not_read_json() -> None:
+    assert not matches('{"a":1}', '{"a": 1}', "exact_match")
+
+
+def test_score() -> None:
+    made = score(["a", "b", "c", "d"], ["a", "B", "c", "d"], "exact_match")
+    assert made.correct == [True, False, True, True]
+    assert made.value == 0.75
+    assert made.interval == wilson_interval(3, 4)
+
+
+def test_score_needs_answers_and_pairs() -> None:
+    with pytest.raises(ValueError, match="no answers"):
+        score([], [], "exact_match")
+    with pytest.raises(ValueError):
+        score(["a"], ["a", "b"], "exact_match")
+
+
+@pytest.mark.parametrize(("correct", "num"), [(0, 10), (1, 7), (87, 100), (10, 10), (250, 300)])
+def test_interval_ends_are_where_the_score_test_is_at_its_limit(correct: int, num: int) -> None:
+    # the definition: shares p whose own standard error puts the observed share 1.96 errors away
+    share = correct / num
+    low, high = wilson_interval(correct, num)
+    assert 0 <= low <= share + 1e-12 and share - 1e-12 <= high <= 1
+    for p in (low, high):
+        error = (p * (1 - p) / num) ** 0.5
+        assert abs(share - p) == pytest.approx(1.959964 * error, abs=1e-6)
+
+
+def test_interval_of_a_published_example() -> None:
+    # 81 of 263: Newcombe 1998, table I
+    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)

@@ -1,0 +1,166 @@
+"""forward_logits against each sample run alone, through transformers' own defaults."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from qtune.data.chat import Sample
+from qtune.data.collate import Batch, collate
+from qtune.data.rows import Row
+from qtune.model import attention
+from qtune.model.forward import forward_logits, inner_model, takes_logits_to_keep
+
+VOCABULARY = 97
+SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+FAMILIES = {
+    "llama": SMALL,
+    "qwen3": {**SMALL, "head_dim": 8},
+    # a window shorter than the samples
+    "mistral": {**SMALL, "sliding_window": 4},
+    "gpt_neox": SMALL,
+    "gpt2": GPT2,
+}
+# state instead of attention: packing would leak
+MAMBA = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
+
+
+class LlamaOfBefore(LlamaForCausalLM):  # type: ignore[misc]
+    """Its forward cannot restrict itself to some logits, as in code that comes with models."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
+        return super().forward(input_ids, attention_mask, **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def registered() -> None:
+    attention.register()
+
+
+def build(family: str, settings: dict[str, object], implementation: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[family](**settings)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
+    # large weights, so that a token seen by mistake shows
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def samples(lengths: tuple[int, ...] = (9, 5, 14, 2)) -> list[Sample]:
+    generator = torch.Generator().manual_seed(1)
+    made = []
+    for number, length in enumerate(lengths):
+        ids = torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
+        supervised = [i > 0 and (i + number) % 3 != 0 for i in range(length)]
+        made.append(Sample(Row("t", number, []), ids, supervised))
+    return made
+
+
+def alone(model: nn.Module, parts: list[Sample]) -> Tensor:
+    """Logits [N, V] before each supervised token, one sample after the other."""
+    rows = []
+    for part in parts:
+        logits = model(input_ids=torch.tensor([part.ids])).logits[0]
+        rows += [logits[i - 1] for i in range(1, len(part.ids)) if part.supervised[i]]
+    return torch.stack(rows)
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", attention.NAME])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_samples_do_not_see_each_other(family: str, implementation: str) -> None:
+    settings = FAMILIES[family]
+    parts = samples()
+    expected = alone(build(family, settings, "sdpa"), parts)
+    close(forward_logits(build(family, settings, implementation), collate(parts)), expected)
+
+
+def test_a_packed_row_run_plainly_is_not_the_truth() -> None:
+    # what the tests above would miss if the random model hardly looked at other tokens
+    model, parts = build("llama", SMALL, "sdpa"), samples()
+    batch = collate(parts)
+    mixed = model(input_ids=batch.input_ids).logits[0, batch.predicts]
+    assert (mixed - alone(model, parts)).abs().max() > 0.1
+
+
+def test_recurrent_model_is_never_packed() -> None:
+    parts = samples()
+    model = build("mamba", MAMBA, "eager")
+    model.config._attn_implementation = attention.NAME
+    close(forward_logits(model, collate(parts)), alone(model, parts))
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", attention.NAME])
+def test_model_that_cannot_restrict_its_logits(implementation: str) -> None:
+    parts = samples()
+    known = build("llama", SMALL, implementation)
+    model = LlamaOfBefore(known.config).eval()
+    model.load_state_dict(known.state_dict())
+    assert takes_logits_to_keep(known) and not takes_logits_to_keep(model)
+    close(forward_logits(model, collate(parts)), alone(model, parts))
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", attention.NAME])
+def test_only_the_wanted_logits_are_made(implementation: str) -> None:
+    model = build("llama", SMALL, implementation)
+    seen = []
+    model.lm_head.register_forward_hook(lambda module, given, made: seen.append(made.shape[:-1]))
+    parts = samples((6, 6, 6))
+    for part in parts:
+        part.supervised[:] = [False] * 4 + [True] * 2
+    forward_logits(model, collate(parts))
+    assert [shape.numel() for shape in seen] == [6]
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", attention.NAME])
+def test_gradients_are_those_of_the_samples_alone(implementation: str) -> None:
+    parts = samples()
+    batch = collate(parts)
+
+    def gradients(logits: Callable[[nn.Module], Tensor]) -> list[Tensor]:
+        model = build("llama", SMALL, implementation)
+        nn.functional.cross_entropy(logits(model), batch.targets).backward()
+        return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+    for actual, expected in zip(
+        gradients(lambda model: forward_logits(model, batch)),
+        gradients(lambda model: alone(model, parts)),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual, expected, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", attention.NAME])
+def test_wrapped_models(implementation: str) -> None:
+    plain = build("llama", SMALL, implementation)
+    batch: Batch = collate(samples())
+    expected = forward_logits(plain, batch)
+    config = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+    tuned = get_peft_model(copy.deepcopy(plain), config)
+    assert inner_model(tuned) is tuned.base_model.model
+    # a fresh adapter changes nothing
+    torch.testing.assert_close(forward_logits(tuned, batch), expected)
+    assert inner_model(torch.compile(plain)) is plain

@@ -1,0 +1,469 @@
+"""The fused layer against PEFT's own on the dequantized matrix in float64; PEFT's verbs."""
+
+import copy
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import Linear as PeftLoraLinear
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from qtune.errors import UserError
+from qtune.model import load
+from qtune.model.load import load_base
+from qtune.model.lora import QuantLoraLinear
+from qtune.quant.linear import TENSORS, QuantLinear
+from qtune.recipe import Quant
+
+CPU = torch.device("cpu")
+IN, OUT, RANK = 100, 52, 4
+
+
+@pytest.fixture(autouse=True)
+def registered() -> None:
+    load.register()
+
+
+class Net(nn.Module):
+    """One layer under a name that adapters can target."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.proj = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.proj(x)
+        return y
+
+
+def quantized(dtype: torch.dtype = torch.float32, name: str = "nf4", bias: bool = True) -> Net:
+    torch.manual_seed(0)
+    return Net(QuantLinear.from_linear(nn.Linear(IN, OUT, bias=bias, dtype=dtype), name, 64))
+
+
+def dense(net: Net, dtype: torch.dtype) -> Net:
+    """The same layer with its dequantized weight."""
+    layer = net.proj
+    assert isinstance(layer, QuantLinear)
+    twin = nn.Linear(IN, OUT, bias=layer.bias is not None, dtype=dtype)
+    twin.weight.data = layer.dequantize(torch.float32).to(dtype)
+    if layer.bias is not None:
+        twin.bias.data = layer.bias.to(dtype)
+    return Net(twin).requires_grad_(False)
+
+
+def adapt(net: Net, **settings: Any) -> PeftModel:
+    """A PEFT model whose adapter is not zero."""
+    options = {"r": RANK, "lora_alpha": 6, "target_modules": ["proj"], **settings}
+    options.setdefault("init_lora_weights", False)
+    torch.manual_seed(1)
+    return get_peft_model(net, LoraConfig(**options))
+
+
+def layer_of(model: nn.Module) -> PeftLoraLinear:
+    return next(m for m in model.modules() if isinstance(m, PeftLoraLinear))
+
+
+def pair(
+    dtype: torch.dtype = torch.float32, name: str = "nf4", bias: bool = True, **settings: Any
+) -> tuple[PeftModel, PeftModel]:
+    """Ours, and PEFT's own in float64, with equal weights."""
+    net = quantized(dtype, name, bias)
+    truth = adapt(dense(net, torch.float64), **settings)
+    ours = adapt(net, **settings)
+    assert type(layer_of(ours)) is QuantLoraLinear
+    assert type(layer_of(truth)) is PeftLoraLinear
+    truth.load_state_dict(adapter_tensors(ours), strict=False)
+    return ours, truth.double()
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in model.named_parameters() if "lora" in name}
+
+
+def step(model: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
+    """y, dx, and the gradients of what trains."""
+    x = x.detach().clone().requires_grad_()
+    y = model(x)
+    y.backward(dy)
+    assert x.grad is not None
+    found = [p.grad for p in model.parameters() if p.requires_grad]
+    model.zero_grad()
+    return [y.detach(), x.grad, *[gradient for gradient in found if gradient is not None]]
+
+
+def fused(model: nn.Module) -> bool:
+    """Whether a forward pass takes the fused function."""
+    y = model(torch.randn(2, IN, requires_grad=True))
+    return "_LoraFunction" in type(y.grad_fn).__name__ or "_LoraFunction" in str(
+        y.grad_fn and [f[0] for f in y.grad_fn.next_functions]
+    )
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("name", ["nf4", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_fused_against_peft_in_float64(dtype: torch.dtype, name: str, bias: bool) -> None:
+    ours, truth = pair(dtype, name, bias, use_rslora=True)
+    assert fused(ours.to(torch.float32) if dtype == torch.float32 else ours.float())
+    plain = adapt(dense(quantized(dtype, name, bias), dtype), use_rslora=True)
+    plain.load_state_dict(adapter_tensors(ours), strict=False)
+    x, dy = torch.randn(3, 5, IN).to(dtype), torch.randn(3, 5, OUT).to(dtype)
+    exact = step(truth, x.double(), dy.double())
+    found, stock = step(ours, x, dy), step(plain, x, dy)
+    assert len(found) == len(stock) == len(exact) == 4
+    for mine, theirs, right in zip(found, stock, exact, strict=True):
+        assert mine.dtype == theirs.dtype and mine.shape == right.shape
+        # PEFT runs the adapter in float32 whatever x is; ours in the dtype of x
+        rounding = right.norm() * torch.finfo(dtype).eps
+        allowed = 2 * (theirs.double() - right).norm() + rounding
+        assert (mine.double() - right).norm() <= allowed
+
+
+def test_saves_no_dense_matrix() -> None:
+    ours, _ = pair()
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    x = torch.randn(3, IN, requires_grad=True)
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        ours(x)
+    own = {p.untyped_storage().data_ptr() for p in ours.parameters()} | {x.data_ptr()}
+    extra = [t for t in kept if t.untyped_storage().data_ptr() not in own]
+    assert [tuple(tensor.shape) for tensor in extra] == [(3, RANK)]
+
+
+def test_fresh_adapter_changes_nothing() -> None:
+    net, x = quantized(), torch.randn(4, IN)
+    expected = net(x)
+    assert torch.equal(adapt(net, init_lora_weights=True)(x), expected)
+
+
+@pytest.mark.parametrize("shape", [(IN,), (0, IN), (2, 3, 4, IN)], ids=str)
+def test_leading_dimensions(shape: tuple[int, ...]) -> None:
+    ours, truth = pair()
+    x, dy = torch.randn(shape), torch.randn(*shape[:-1], OUT)
+    for mine, right in zip(step(ours, x, dy), step(truth, x.double(), dy.double()), strict=True):
+        torch.testing.assert_close(mine.double(), right, atol=1e-5, rtol=1e-5)
+
+
+def dropped(model: PeftModel) -> None:
+    model.train()
+
+
+def two(model: PeftModel) -> None:
+    config = copy.deepcopy(model.peft_config["default"])
+    torch.manual_seed(2)
+    model.add_adapter("second", config)
+    model.base_model.set_adapter(["default", "second"])
+
+
+def disabled(model: PeftModel) -> None:
+    model.base_model.disable_adapter_layers()
+
+
+def other(model: PeftModel) -> None:
+    two(model)
+    model.set_adapter("second")
+
+
+def bias_trained(model: PeftModel) -> None:
+    layer_of(model).get_base_layer().bias.requires_grad_()
+
+
+CASES: dict[str, tuple[dict[str, Any], Callable[[PeftModel], None], bool]] = {
+    "dropout in training": ({"lora_dropout": 0.5}, dropped, False),
+    "dropout in evaluation": ({"lora_dropout": 0.5}, lambda model: model.eval(), True),
+    "DoRA": ({"use_dora": True, "init_lora_weights": True}, lambda model: None, False),
+    "adapter with bias": ({"lora_bias": True}, lambda model: None, False),
+    "trained bias": ({}, bias_trained, False),
+    "two adapters": ({}, two, False),
+    "another adapter": ({}, other, True),
+    "switched off": ({}, disabled, False),
+}
+
+
+@pytest.mark.parametrize(("settings", "prepare", "takes_fused"), CASES.values(), ids=CASES)
+def test_every_path_against_peft(
+    settings: dict[str, Any], prepare: Callable[[PeftModel], None], takes_fused: bool
+) -> None:
+    ours, truth = pair(**settings)
+    for model in (ours, truth):
+        prepare(model)
+    truth.double().load_state_dict(adapter_tensors(ours), strict=False)
+    if ours.training and layer_of(ours).lora_bias["default"]:
+        layer_of(ours).lora_B["default"].bias.data.normal_()
+        truth.load_state_dict(adapter_tensors(ours), strict=False)
+    assert fused(ours) == takes_fused
+    x, dy = torch.randn(64, IN), torch.randn(64, OUT)
+    results = []
+    for model, dtype in ((ours, torch.float32), (truth, torch.float64)):
+        # the same dropout mask for both
+        torch.manual_seed(5)
+        results.append(step(model, x.to(dtype), dy.to(dtype)))
+    for mine, right in zip(*results, strict=True):
+        torch.testing.assert_close(mine.double(), right, atol=1e-4, rtol=1e-4)
+
+
+def test_dropout_path_equals_the_fused_one_where_nothing_is_dropped() -> None:
+    ours, _ = pair(lora_dropout=0.3)
+    x, dy = torch.randn(4, IN), torch.randn(4, OUT)
+    expected = step(ours.eval(), x, dy)
+    layer_of(ours).lora_dropout["default"].p = 0.0
+    for mine, right in zip(step(ours.train(), x, dy), expected, strict=True):
+        torch.testing.assert_close(mine, right, atol=1e-5, rtol=1e-5)
+
+
+def test_autocast() -> None:
+    ours, truth = pair()
+    x = torch.randn(4, IN)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not fused(ours)
+        y = ours(x)
+    right = truth(x.double())
+    assert (y.double() - right).norm() <= 0.02 * right.norm()
+
+
+# dynamo makes one itself while it traces
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_compiles_to_one_graph(dropout: float) -> None:
+    ours, _ = pair(lora_dropout=dropout)
+    ours.eval()
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    x, dy = torch.randn(4, IN), torch.randn(4, OUT)
+    for mine, right in zip(step(compiled, x, dy), step(ours, x, dy), strict=True):
+        torch.testing.assert_close(mine, right, atol=1e-5, rtol=1e-5)
+
+
+def codes(model: PeftModel) -> dict[str, Tensor]:
+    base = layer_of(model).get_base_layer()
+    return {name: getattr(base, name).detach().clone() for name in TENSORS}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in TENSORS)
+
+
+def update(model: PeftModel, name: str = "default") -> Tensor:
+    layer = layer_of(model)
+    a, b = layer.lora_A[name].weight.double(), layer.lora_B[name].weight.double()
+    return layer.scaling[name] * b @ a
+
+
+def test_merge_requantizes_and_unmerge_brings_the_codes_back() -> None:
+    ours, _ = pair()
+    x, before = torch.randn(4, IN), codes(ours)
+    expected, weight = ours(x), layer_of(ours).get_base_layer().dequantize().double()
+    ours.merge_adapter(safe_merge=True)
+    expect_merged(ours, weight + update(ours))
+    assert not fused(ours)
+    error = (ours(x) - expected).norm() / expected.norm()
+    assert 0 < error < 0.3
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        ours.merge_adapter()
+    ours.unmerge_adapter()
+    assert same(codes(ours), before)
+    assert torch.equal(ours(x), expected)
+
+
+def expect_merged(model: PeftModel, weight: Tensor) -> None:
+    """The codes are those of the weight, quantized once."""
+    dense = nn.Linear(IN, OUT, bias=False)
+    dense.weight.data = weight.float()
+    once = QuantLinear.from_linear(dense, "nf4", 64)
+    # sums in another order may round a weight to its neighbour
+    assert (codes(model)["weight"] != once.weight).sum() <= 2
+
+
+def test_two_adapters_are_merged_with_one_rounding() -> None:
+    ours, _ = pair()
+    weight = layer_of(ours).get_base_layer().dequantize().double()
+    before = codes(ours)
+    two(ours)
+    total = weight + update(ours) + update(ours, "second")
+    ours.merge_adapter(adapter_names=["default", "second"])
+    expect_merged(ours, total)
+    ours.unmerge_adapter()
+    assert same(codes(ours), before)
+
+
+def test_disabling_a_merged_adapter_unmerges_it() -> None:
+    ours, x = pair()[0], torch.randn(4, IN)
+    before = codes(ours)
+    with ours.disable_adapter():
+        expected = ours(x)
+    ours.merge_adapter()
+    with ours.disable_adapter():
+        assert torch.equal(ours(x), expected)
+    assert same(codes(ours), before)
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=["plain", "DoRA"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_merge_and_unload_gives_a_dense_layer(settings: dict[str, Any], dtype: torch.dtype) -> None:
+    ours, truth = pair(dtype, **settings)
+    x = torch.randn(8, IN).to(dtype)
+    expected = truth(x.double())
+    merged = ours.merge_and_unload(safe_merge=True)
+    assert type(merged.proj) is nn.Linear and merged.proj.weight.dtype == dtype
+    assert not merged.proj.weight.requires_grad
+    error = (merged(x).double() - expected).norm() / expected.norm()
+    assert error < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
+def test_unload_gives_the_layer_back() -> None:
+    net = quantized()
+    base, x = net.proj, torch.randn(2, IN)
+    expected = net(x)
+    unloaded = adapt(net).unload()
+    assert unloaded.proj is base
+    assert torch.equal(unloaded(x), expected)
+
+
+def test_broken_adapter_is_not_merged_safely() -> None:
+    ours, _ = pair()
+    before = codes(ours)
+    layer_of(ours).lora_A["default"].weight.data[0, 0] = torch.inf
+    with pytest.raises(ValueError, match="not finite"):
+        ours.merge_adapter(safe_merge=True)
+    assert same(codes(ours), before)
+
+
+def test_adapter_with_bias_is_not_merged() -> None:
+    ours, _ = pair(lora_bias=True)
+    with pytest.raises(UserError, match="has lora_bias"):
+        ours.merge_and_unload()
+
+
+@pytest.mark.parametrize("start", ["gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora"])
+def test_starts(start: str) -> None:
+    """Those that move part of the base into the adapter leave the sum as it was, but rounded."""
+    net, x = quantized(name="int8"), torch.randn(16, IN)
+    assert isinstance(net.proj, QuantLinear)
+    before, expected = net.proj.dequantize().double(), net(x)
+    ours = adapt(net, init_lora_weights=start)
+    layer = layer_of(ours)
+    assert type(layer) is QuantLoraLinear and layer.quantized.weight.dtype == torch.uint8
+    after = layer.quantized.dequantize().double()
+    moves = start.startswith(("pissa", "olora"))
+    assert torch.equal(before, after) != moves
+    assert (ours(x) - expected).norm() <= (0.03 if moves else 1e-6) * expected.norm()
+    if moves:
+        assert update(ours).norm() > 0.1 * before.norm()
+        plain = adapt(dense(quantized(name="int8"), torch.float32), init_lora_weights=start)
+        residual = layer_of(plain).get_base_layer().weight.double()
+        if "niter" not in start:
+            assert (after - residual).norm() <= 0.02 * residual.norm()
+
+
+# ---- whole models ----
+
+
+def save_model(folder: Path) -> Path:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=96, max_position_embeddings=64,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+def base(folder: Path, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+    return load_base(folder, Quant(), device=CPU, dtype=dtype)
+
+
+def tuned(folder: Path, **settings: Any) -> PeftModel:
+    options = {"r": RANK, "target_modules": "all-linear", "init_lora_weights": False, **settings}
+    torch.manual_seed(3)
+    return get_peft_model(base(folder), LoraConfig(task_type="CAUSAL_LM", **options)).eval()
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(input_ids=torch.arange(3, 15)[None], use_cache=False).logits
+    return found
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"use_rslora": True}], ids=str)
+def test_saved_adapter_comes_back_bit_for_bit(tmp_path: Path, settings: dict[str, Any]) -> None:
+    folder = save_model(tmp_path / "model")
+    model = tuned(folder, **settings)
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(base(folder), tmp_path / "adapter")
+    assert type(layer_of(again)) is QuantLoraLinear
+    assert torch.equal(logits(again), logits(model))
+    again.load_adapter(tmp_path / "adapter", adapter_name="other")
+    again.set_adapter("other")
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_all_linear_leaves_the_output_layer_alone(tmp_path: Path) -> None:
+    model = tuned(save_model(tmp_path))
+    found = {n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, PeftLoraLinear)}
+    assert found == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+
+
+PLAIN = """
+import sys, torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+model = PeftModel.from_pretrained(model, sys.argv[2]).eval()
+with torch.no_grad():
+    logits = model(input_ids=torch.arange(3, 15)[None]).logits
+save_file({"logits": logits}, sys.argv[3])
+assert "qtune" not in sys.modules
+"""
+
+
+def test_adapter_loads_on_the_dense_model_without_qtune(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model")
+    model = tuned(folder)
+    model.save_pretrained(tmp_path / "adapter")
+    names = {file.name for file in (tmp_path / "adapter").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= names
+    stored = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    assert len(stored) == 28 and all("lora_" in name for name in stored)
+    paths = [str(tmp_path / name) for name in ("model", "adapter", "logits.safetensors")]
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", PLAIN, *paths], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = load_file(tmp_path / "logits.safetensors")["logits"]
+    twin = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for name, layer in twin.named_modules():
+        if f"base_model.model.{name}.lora_A.weight" in stored:
+            a, b = (stored[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
+            layer.weight.data += 8 / RANK * b @ a
+    torch.testing.assert_close(found, logits(twin), atol=1e-3, rtol=1e-3)
+
+
+def test_merged_model_is_a_plain_one(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model")
+    config = LoraConfig(r=RANK, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(base(folder, torch.float32), config).eval()
+    expected = logits(model)
+    merged = model.merge_and_unload()
+    assert not any(isinstance(layer, QuantLinear) for layer in merged.modules())
+    torch.testing.assert_close(logits(merged), expected, atol=1e-3, rtol=1e-3)
