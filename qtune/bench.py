@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from qtune.data.collate import collate
+from qtune.data.collate import ROW_MULTIPLE, collate
 from qtune.data.order import micro_batches
 from qtune.evaluate.compare import Kind, Row, make_row
 from qtune.evaluate.exact_match import score
@@ -23,7 +23,7 @@ class Bench:
         samples = setup.data.held_out[: settings.loss_rows]
         groups = micro_batches(samples, setup.recipe.train.micro_batch_tokens)
         self._setup, self._settings = setup, settings
-        self._batches = [collate(group, setup.device) for group in groups]
+        self._batches = [collate(group, setup.device, multiple=ROW_MULTIPLE) for group in groups]
         self._reference: Reference | None = None
         self.test = setup.data.test[: settings.answer_rows]
         self.references = [row.messages[-1]["content"] for row in self.test]

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qtune.data.chat import Sample
-from qtune.data.collate import collate
+from qtune.data.collate import ROW_MULTIPLE, collate
 from qtune.data.order import micro_batches, rows_of_step, share
 from qtune.errors import UserError
 from qtune.memory import Memory, available_bytes, training_memory
@@ -79,7 +79,9 @@ def make_plan(
     num_parameters = sum(layer.shape[0] * layer.shape[1] for layer in layers)
     model = add_adapter(base, recipe.lora)
     steps = num_steps(recipe, len(samples))
-    batch = collate(_largest_micro_batch(recipe, samples, steps, num_processes), "meta")
+    batch = collate(
+        _largest_micro_batch(recipe, samples, steps, num_processes), "meta", multiple=ROW_MULTIPLE
+    )
     checkpointing = recipe.train.gradient_checkpointing
     memory = training_memory(model, batch, device, checkpointing=checkpointing)
     tokens = _tokens(samples) * recipe.train.batch_size // len(samples)
@@ -106,9 +108,9 @@ def meta_model(config: Any, recipe: Recipe) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_config(
             config,
             dtype=torch.bfloat16,
-            attn_implementation=attention.NAME,
             trust_remote_code=recipe.trust_remote_code,
         )
+    attention.use_packed(model)
     if recipe.quant.format is not None:
         settings = QtuneConfig(
             format=recipe.quant.format,

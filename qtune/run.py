@@ -56,15 +56,17 @@ def fit(run: RunFolder, setup: Setup, plan: Plan, accelerator: Accelerator) -> N
     recipe = run.recipe
     fresh = state.fresh(setup.data.train, accelerator.num_processes)
     start = state.resumed(run.checkpoints, fresh)
+    peak = Peak(setup.device)
+    model = _model(setup)
+    # from here on nothing that is wrong with model or data is left to find
     if accelerator.is_main_process:
         run_folder.create(recipe)
         run.write("plan.json", plan.to_json())
         run.write("environment.json", environment(setup.device))
     log.start_wandb(recipe, run.path, accelerator)
-    peak = Peak(setup.device)
     job = loop.Job(
         recipe=recipe,
-        model=_model(setup),
+        model=model,
         samples=setup.data.train,
         held_out=setup.data.held_out[: recipe.evaluate.loss_rows],
         num_steps=plan.steps,
@@ -74,7 +76,7 @@ def fit(run: RunFolder, setup: Setup, plan: Plan, accelerator: Accelerator) -> N
     )
     loop.train(job, accelerator)
     if accelerator.is_main_process:
-        exporter.write_run_adapter(job.model, run.adapter, recipe.model, recipe.revision)
+        exporter.write_run_adapter(model, run.adapter, recipe.model, recipe.revision)
     accelerator.end_training()
     # it would keep the model in memory while others are measured
     accelerator.free_memory()

@@ -18,8 +18,11 @@ from qtune_kernels.scales import Scales, dequantize_scales
 from qtune_kernels.scratch import scratch
 
 HALF = RUN // 2
-# float32 products held at a time on the CPU: 1 MB, so that they stay in the second-level cache
-CHUNK = 1 << 18
+# weights done at a time on the CPU: the float32 products of a plane, 1 MB, stay in the second-level
+# cache, and the cost of starting each step is spread over many
+CHUNK = 1 << 19
+# the low nibbles of two bytes
+PAIR_MASK = 0x0F0F
 
 
 @torch.library.custom_op("qtune::dequantize", mutates_args=())
@@ -98,19 +101,21 @@ def dequantize_into(
 def _dequantize_4bit(
     flat: Tensor, packed: Tensor, scales: Tensor, levels: tuple[float, ...], group_size: int
 ) -> None:
-    """Half-split bytes: each nibble plane through its own table, two weights at a time."""
+    """Half-split bytes: plane by plane, the codes of two bytes at a time."""
     unit = min(group_size, HALF)
     weights = flat.view(-1, 2, HALF // unit, unit)
     unit_scales = _unit_scales(scales, group_size, unit, weights.shape[0])
     words = packed.view(torch.uint16).view(-1, HALF // 2)
-    tables = _plane_tables(levels, packed.device)
-    for start in range(0, weights.shape[0], CHUNK // HALF):
-        chunk = slice(start, start + CHUNK // HALF)
-        index = _scratch_like(words[chunk], "index", torch.int32).copy_(words[chunk])
-        pairs = _scratch_like(index, "products", torch.int64)
+    tables = [_pair_table(levels, packed.device, 4 * plane) for plane in range(2)]
+    for start in range(0, weights.shape[0], CHUNK // RUN):
+        chunk = slice(start, start + CHUNK // RUN)
+        pair = _scratch_like(words[chunk], "pair", torch.int32).copy_(words[chunk]).view(-1)
+        index = _scratch_like(pair, "index", torch.int32)
+        pairs = _scratch_like(pair, "products", torch.int64)
         products = pairs.view(torch.float32).view(-1, HALF // unit, unit)
         for plane, table in enumerate(tables):
-            torch.index_select(table, 0, index.view(-1), out=pairs.view(-1))
+            torch.bitwise_and(pair, PAIR_MASK << 4 * plane, out=index)
+            torch.index_select(table, 0, index, out=pairs)
             weights[chunk, plane] = products.mul_(unit_scales[chunk, plane])
 
 
@@ -125,22 +130,17 @@ def _unit_scales(scales: Tensor, group_size: int, unit: int, num_runs: int) -> T
 
 
 @cache
-def _plane_tables(levels: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Two tables over all pairs of bytes, for the low and the high nibbles, int64 [65536].
+def _pair_table(levels: tuple[float, ...], device: torch.device, shift: int) -> Tensor:
+    """The float32 levels of the nibbles at `shift` and `shift` + 8 of an index, two in an int64.
 
-    An entry is two float32 levels, so four weights cost two look-ups instead of four, and each
-    table still fits in the second-level cache.
+    Two weights cost one look-up. Of the entries only the 256 that a mask leaves are ever met, so
+    they are soon back in the first-level cache after a matrix product has filled it.
     """
     with torch.inference_mode(False):
         level = torch.tensor(levels, dtype=torch.float32, device=device)
-        words = torch.arange(1 << 16, device=device)
-        low, high = (
-            torch.stack([level[words >> shift & 15], level[words >> shift + 8 & 15]], 1)
-            .view(torch.int64)
-            .view(-1)
-            for shift in (0, 4)
-        )
-    return low, high
+        index = torch.arange((PAIR_MASK << shift) + 1, device=device)
+        pairs = torch.stack([level[index >> shift & 15], level[index >> shift + 8]], 1)
+        return pairs.view(torch.int64).view(-1)
 
 
 def _dequantize_8bit(flat: Tensor, packed: Tensor, scales: Tensor, group_size: int) -> None:

@@ -13,16 +13,57 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
 
 from qtune.data.collate import Batch
+from qtune.errors import UserError
 from qtune.model import attention
+
+# lengths of the two samples of the check, and a step through the vocabulary that visits all of it
+PROBE = (6, 10)
+PRIME = 7919
+# nats per token: 16-bit rounding makes 0.01, another sample in sight about 1
+MOST_DIVERGENCE = 0.1
 
 
 def forward_logits(model: nn.Module, batch: Batch) -> Tensor:
     """Logits [N, V] in the model's dtype; row n predicts `batch.targets[n]`. Gradients flow."""
     inner = inner_model(model)
     return _packed(model, inner, batch) if _packs(inner) else _one_per_row(model, inner, batch)
+
+
+def check_packing(model: nn.Module) -> None:
+    """Raises UserError where a sample in a packed row gets other logits than it gets alone.
+
+    The truth is transformers' plainest attention, with one sample per row. It costs two passes over
+    a few tokens; a model that does not run packed is right by construction and is not run.
+    """
+    inner = inner_model(model)
+    if not _packs(inner):
+        return
+    first, second = PROBE
+    ids = torch.arange(1, first + second + 1, device=inner.device) * PRIME
+    ids %= inner.config.get_text_config().vocab_size
+    positions = torch.cat([torch.arange(first), torch.arange(second)]).to(inner.device)
+    with torch.no_grad():
+        separate = attention.packed_inputs(positions[None], PROBE)
+        packed = model(input_ids=ids[None], **separate).logits[0, first:]
+        inner.set_attn_implementation("eager")
+        alone = model(input_ids=ids[None, first:], use_cache=False).logits[0]
+        inner.set_attn_implementation(attention.NAME)
+    difference = float(_divergence(alone, packed))
+    if not difference <= MOST_DIVERGENCE:
+        raise UserError(
+            f"{type(inner).__name__} cannot be trained on packed rows: a sample gets other "
+            f"predictions there than alone (KL {difference:.2f}); please report this model"
+        )
+
+
+def _divergence(truth: Tensor, found: Tensor) -> Tensor:
+    """Mean over rows of KL(truth || found) between the distributions of logits [N, V]."""
+    p, q = (logits.float().log_softmax(-1) for logits in (truth, found))
+    return kl_div(q, p, reduction="batchmean", log_target=True)
 
 
 def inner_model(model: nn.Module) -> PreTrainedModel:
@@ -45,13 +86,22 @@ def _packed(model: nn.Module, inner: PreTrainedModel, batch: Batch) -> Tensor:
 
 def _one_per_row(model: nn.Module, inner: PreTrainedModel, batch: Batch) -> Tensor:
     column = batch.position_ids[0]  # [T]
-    row = torch.repeat_interleave(column.new_tensor(batch.lengths))  # [T]
+    lengths = column.new_tensor(batch.lengths)
+    row = torch.repeat_interleave(lengths, output_size=len(column))  # [T]
     ids = column.new_zeros(len(batch.lengths), max(batch.lengths))  # [S, longest]
     live = torch.zeros_like(ids)
     ids[row, column], live[row, column] = batch.input_ids[0], 1
-    columns, at = torch.unique(column[batch.predicts], return_inverse=True)
+    columns, at = _distinct(column[batch.predicts], ids.shape[1])
     logits = _logits_at(model, inner, columns, input_ids=ids, attention_mask=live, use_cache=False)
     return logits[row[batch.predicts], at]
+
+
+def _distinct(columns: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Every column once, and where each of those given is among them."""
+    if columns.is_meta:
+        # nothing there says which: at most all of them
+        return columns.new_empty(width), columns
+    return torch.unique(columns, return_inverse=True)
 
 
 def _logits_at(model: nn.Module, inner: nn.Module, columns: Tensor, **inputs: Any) -> Tensor:

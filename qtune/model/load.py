@@ -1,6 +1,7 @@
 """Recipe -> model ready to train: the base in its number format, the adapter on top."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -47,17 +48,19 @@ def load_base(
     """The frozen base model on `device`; `quant` None loads it as it is stored.
 
     Layers become QuantLinear while their shard is read; a folder of such layers loads as it is.
-    Raises UserError where the folder is quantized otherwise than `quant` says.
+    Raises UserError where the folder is quantized otherwise than `quant` says, or lacks weights.
     """
     register()
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
+    model, info = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
         device_map={"": device},
         trust_remote_code=trust_remote_code,
+        output_loading_info=True,
         **_quantization(folder, quant),
     )
+    _check_complete(folder, info)
     attention.use_packed(model)
     model.requires_grad_(False)
     model.config.use_cache = False
@@ -96,6 +99,16 @@ def check_targets(model: nn.Module, settings: Lora) -> None:
                 raise UserError(f"lora.{field}: '{pattern}' matches no layer; there are: {known}")
     for target in settings.modules_to_save:
         _check_trainable(model, target)
+
+
+def _check_complete(folder: Path, info: dict[str, Any]) -> None:
+    """Raises UserError where weights are missing: transformers makes up random ones."""
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UserError(
+            f"{folder} lacks {len(missing)} of the model's tensors, as {missing[0]}; copy or "
+            "download it again"
+        )
 
 
 def _check_trainable(model: nn.Module, target: str) -> None:

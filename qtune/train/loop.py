@@ -22,7 +22,7 @@ from peft import PeftModel
 from torch import nn
 
 from qtune.data.chat import Sample
-from qtune.data.collate import collate
+from qtune.data.collate import ROW_MULTIPLE, collate
 from qtune.data.order import micro_batches, rows_of_step, share
 from qtune.errors import UserError
 from qtune.memory import Peak
@@ -67,7 +67,7 @@ def held_out_loss(
     total, count = 0.0, 0
     with torch.no_grad():
         for group in micro_batches(samples, micro_batch_tokens):
-            loss, tokens = sft.loss(model, collate(group, _device(model)))
+            loss, tokens = sft.loss(model, collate(group, _device(model), multiple=ROW_MULTIPLE))
             total, count = total + float(loss), count + tokens
     model.train()
     return total / count, count
@@ -141,7 +141,9 @@ class _Training:
         for i, group in enumerate(groups):
             last = i == len(groups) - 1
             with nullcontext() if last else accelerator.no_sync(self._model):
-                loss, _ = sft.loss(self._model, collate(group, accelerator.device))
+                loss, _ = sft.loss(
+                    self._model, collate(group, accelerator.device, multiple=ROW_MULTIPLE)
+                )
                 # processes average their gradients
                 (loss * (accelerator.num_processes / count)).backward()
             total += loss.detach()

@@ -1,9 +1,10 @@
 """Checkpoints: what a run needs to go on as if it had never stopped.
 
-A checkpoint is a folder with the trained tensors and the optimizer's (safetensors), and state.json: the step, the
-hash of the data, and the SHA-256 of the other files. Random number states, which differ between processes,
-are one file per rank. It is written under a temporary name and renamed, so a folder called step-* is complete.
-The order of samples and the learning rate are pure functions of the step and need no state.
+A checkpoint is a folder with the trained tensors, the optimizer's and the random number state of
+each process (safetensors), and state.json: the step, the hash of the data, and the SHA-256 of
+everything there. It is written under a temporary name and renamed, so a folder called step-* is
+complete; what a killed run left under such a name goes with the next save. The order of samples and
+the learning rate are pure functions of the step and need no state.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -45,13 +47,17 @@ def save(
 ) -> Path:
     """The new checkpoint's folder `folder`/step-N; older ones than the last `keep` are removed."""
     final = folder / f"step-{state.step:06d}"
+    for left in folder.glob(".step-*"):
+        shutil.rmtree(left)
     made = folder / f".{final.name}.{os.getpid()}"
     made.mkdir(parents=True)
     save_file(_trainable(model), made / "adapter.safetensors")
     save_file(_optimizer_tensors(model, optimizer), made / "optimizer.safetensors")
     save_file({f"rank_{i}": t for i, t in enumerate(rng)}, made / "rng.safetensors")
     sums = {path.name: _sha256(path) for path in sorted(made.glob("*.safetensors"))}
-    (made / "state.json").write_text(json.dumps({**asdict(state), "files": sums}, indent=1))
+    content = {**asdict(state), "files": sums}
+    sealed = {**content, "sha256": _seal(content)}
+    (made / "state.json").write_text(json.dumps(sealed, indent=1), encoding="utf-8")
     shutil.rmtree(final, ignore_errors=True)
     made.rename(final)
     for old in checkpoints(folder)[:-keep]:
@@ -90,14 +96,17 @@ def resumed(folder: Path, start: State) -> State:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(folder.glob("step-*"))
+    # beyond six digits names grow
+    return sorted(folder.glob("step-*"), key=lambda path: (len(path.name), path.name))
 
 
 def read(checkpoint: Path) -> State:
-    """The state of a checkpoint whose files are all as they were written; raises UserError otherwise."""
+    """The state of a checkpoint; raises UserError unless all its files are as they were written."""
     advice = f"remove {checkpoint} to resume from the checkpoint before it"
     try:
-        saved = json.loads((checkpoint / "state.json").read_text())
+        saved = dict(json.loads((checkpoint / "state.json").read_text(encoding="utf-8")))
+        if saved.pop("sha256") != _seal(saved):
+            raise ValueError("it is not what was written")
         sums = saved.pop("files")
         state = State(**saved)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -161,6 +170,10 @@ def _load(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def _seal(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

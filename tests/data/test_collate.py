@@ -66,3 +66,15 @@ def test_pairs_of_context_and_target_equal_those_of_padded_labels(seed):
     start_of = [start for start, n in zip(starts, batch.lengths, strict=False) for _ in range(n)]
     contexts = [row[start_of[at] : at + 1] for at in batch.predicts.tolist()]
     assert list(zip(contexts, batch.targets.tolist(), strict=True)) == expected
+
+
+def test_filling_up_adds_a_sample_without_targets():
+    parts = [sample([5, 6, 7], [0, 1, 1]), sample([8, 9], [0, 1], number=2)]
+    plain, filled = collate(parts), collate(parts, multiple=8)
+    assert filled.input_ids.shape == filled.position_ids.shape == (1, 8)
+    assert filled.lengths == [3, 2, 3]
+    assert filled.position_ids[0, 5:].tolist() == [0, 1, 2]
+    assert torch.equal(filled.input_ids[:, :5], plain.input_ids)
+    assert torch.equal(filled.predicts, plain.predicts)
+    assert torch.equal(filled.targets, plain.targets)
+    assert collate(parts, multiple=5).lengths == [3, 2]

@@ -14,8 +14,14 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from qtune.data.chat import Sample
 from qtune.data.collate import Batch, collate
 from qtune.data.rows import Row
+from qtune.errors import UserError
 from qtune.model import attention
-from qtune.model.forward import forward_logits, inner_model, takes_logits_to_keep
+from qtune.model.forward import (
+    check_packing,
+    forward_logits,
+    inner_model,
+    takes_logits_to_keep,
+)
 
 VOCABULARY = 97
 SMALL = {
@@ -164,3 +170,47 @@ def test_wrapped_models(implementation: str) -> None:
     # a fresh adapter changes nothing
     torch.testing.assert_close(forward_logits(tuned, batch), expected)
     assert inner_model(torch.compile(plain)) is plain
+
+
+PACKING = ["llama", "qwen3", "mistral", "gpt_neox", "gpt2"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", PACKING)
+def test_packing_is_checked(family: str, dtype: torch.dtype) -> None:
+    model = build(family, FAMILIES[family], attention.NAME).to(dtype)
+    check_packing(model)
+    assert model.config._attn_implementation == attention.NAME
+
+
+@pytest.mark.parametrize("family", PACKING)
+def test_attention_that_sees_other_samples_is_refused(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(family, FAMILIES[family], attention.NAME)
+    plain = attention.packed_inputs
+
+    def one_sample(positions: Tensor, lengths: Any) -> dict[str, Any]:
+        return plain(positions, [sum(lengths)])
+
+    monkeypatch.setattr(attention, "packed_inputs", one_sample)
+    with pytest.raises(UserError, match=f"{type(model).__name__} cannot be trained on packed rows"):
+        check_packing(model)
+
+
+def test_attention_that_is_not_softmax_is_refused() -> None:
+    settings = {**SMALL, "head_dim": 8, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 0.5}
+    with pytest.raises(UserError, match="Gemma2ForCausalLM cannot be trained on packed rows"):
+        check_packing(build("gemma2", settings, attention.NAME))
+
+
+def test_nothing_is_run_for_a_model_that_is_not_packed() -> None:
+    model = build("llama", SMALL, "sdpa")
+    model.forward = None
+    check_packing(model)
+
+
+def test_adapted_model_is_checked() -> None:
+    model = build("llama", SMALL, attention.NAME)
+    config = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    check_packing(get_peft_model(model, config))

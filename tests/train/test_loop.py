@@ -270,14 +270,10 @@ def test_two_processes_train_like_one(tiny_recipe, tmp_path):
     one = replace(recipe, run=tmp_path / "one")
     run.train(one)
     (tmp_path / "r.yaml").write_text(recipe_yaml.dump(recipe))
-    launch = ["torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--no_python"]
-    command = [sys.executable, "-m", *launch, sys.executable, "-m", "qtune.cli", "train"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "r.yaml")],
-        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-    )
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [sys.executable, *launch, "-m", "qtune.cli", "train", str(tmp_path / "r.yaml")]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("report:") == 1, done.stdout
     for ours, theirs in zip(figures(recipe.run), figures(one.run), strict=True):

@@ -1,6 +1,7 @@
 """Learning rates at the steps that matter, and what decays."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ def rate(step: int, **settings: object) -> float:
 def test_warm_up_is_linear_and_ends_at_the_peak(schedule: str) -> None:
     rates = [rate(step, schedule=schedule) for step in range(WARMUP + 1)]
     assert rates[0] == pytest.approx(PEAK / 11)
-    steps = [b - a for a, b in zip(rates, rates[1:], strict=False)]
+    steps = [b - a for a, b in pairwise(rates)]
     assert steps == pytest.approx([PEAK / 11] * WARMUP)
     assert rates[WARMUP] == pytest.approx(PEAK)
     assert max(rate(step, schedule=schedule) for step in range(STEPS)) == pytest.approx(PEAK)
@@ -47,7 +48,7 @@ def test_schedule(schedule: str, step: int, expected: float) -> None:
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 def test_falls_and_never_vanishes_before_the_end(schedule: str) -> None:
     rates = [rate(step, schedule=schedule) for step in range(WARMUP, STEPS)]
-    assert all(a > b > 0 for a, b in zip(rates, rates[1:], strict=False))
+    assert all(a > b > 0 for a, b in pairwise(rates))
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
