@@ -1,4 +1,4 @@
-"""The bench: every model of the table is asked the same held-out tokens and the same test requests."""
+"""The bench: every model of the table is asked the same held-out tokens and test requests."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from qtune.setup import Setup
 
 
 class Bench:
-    """Measures models of one run; the one measured with `keep` is what later ones are compared with."""
+    """Measures models of one run; the one measured with `keep` is what others are compared with."""
 
     def __init__(self, setup: Setup) -> None:
         settings = setup.recipe.evaluate

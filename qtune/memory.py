@@ -80,7 +80,7 @@ def training_memory(
 
 
 def kept_for_backward(model: nn.Module, batch: Batch) -> tuple[int, Tensor]:
-    """Bytes of distinct tensors that autograd saves in a forward pass, but parameters; the logits."""
+    """Bytes that autograd keeps of a forward pass, parameters and logits apart; the logits."""
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -111,7 +111,8 @@ class Peak:
         """The peak so far."""
         if self._device.type == "cuda":
             return int(torch.cuda.max_memory_allocated(self._device))
-        return _most_resident() - self._before
+        # the two counters differ by a few pages
+        return max(0, _most_resident() - self._before)
 
 
 def available_bytes(device: torch.device) -> int:
@@ -179,14 +180,16 @@ def _fused_attention(
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    at: int = tensor.untyped_storage()._cdata
+    return at
 
 
 def _with_checkpointing(model: nn.Module, batch: Batch, kept: int) -> int:
     """Bytes where blocks keep only their inputs: these, and all of one block while it is redone."""
     config = model.config.get_text_config()  # type: ignore[operator,union-attr]
-    inputs = batch.input_ids.numel() * config.hidden_size * config.dtype.itemsize
-    return inputs * config.num_hidden_layers + kept // config.num_hidden_layers
+    inputs: int = batch.input_ids.numel() * config.hidden_size * config.dtype.itemsize
+    num_blocks: int = config.num_hidden_layers
+    return inputs * num_blocks + kept // num_blocks
 
 
 def _largest_dense(model: nn.Module) -> int:

@@ -26,7 +26,7 @@ from qtune.quant.linear import QuantLinear
 from qtune.recipe import Recipe
 
 # a training step takes this many times its matrix products: attention, norms, loss, dequantizing
-# (measured with the quickstart on two AMX cores; the bar shows the true rate from the first step on)
+# (measured with the quickstart on two AMX cores; the bar shows the true rate)
 OVERHEAD = 2.5
 # the largest micro-batch of a run is looked for in so many steps
 MOST_STEPS = 1000
@@ -104,6 +104,7 @@ def make_plan(
 
 def meta_model(config: Any, recipe: Recipe) -> PreTrainedModel:
     """The base model of the run on the meta device, its layers as they will be stored."""
+    model: PreTrainedModel
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config,
@@ -118,7 +119,8 @@ def meta_model(config: Any, recipe: Recipe) -> PreTrainedModel:
             skip=list(recipe.quant.skip),
         )
         quantized_on_meta(model, settings)
-    return model.requires_grad_(False)
+    model.requires_grad_(False)
+    return model
 
 
 def num_steps(recipe: Recipe, num_rows: int) -> int:
@@ -164,7 +166,7 @@ def _largest_micro_batch(
 def _step_seconds(
     frozen: int, trained: int, tokens: float, recipe: Recipe, device: torch.device
 ) -> float:
-    """Expected seconds of an optimizer step: two products with each frozen weight per token, three with each trained."""
+    """Seconds of a step: two products with a frozen weight per token, three with others."""
     products = 3 * frozen if recipe.train.gradient_checkpointing else 2 * frozen
     return OVERHEAD * 2 * (products + 3 * trained) * tokens / _matrix_rate(device)
 
@@ -183,7 +185,7 @@ def _matrix_rate(device: torch.device) -> float:
 
 
 def _disk_bytes(recipe: Recipe, folder: Path, memory: Memory) -> int:
-    """Checkpoints, the adapter, and the largest the exports can be; both merges exist for a while."""
+    """Checkpoints, adapter, and the most that exports can be; both merges exist for a while."""
     checkpoints = (recipe.train.keep + 1) * (memory.adapter + memory.optimizer)
     base = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     sizes = {"adapter": 0, "bf16": 2 * base}
@@ -203,6 +205,6 @@ def _check_fits(plan: Plan) -> None:
         "weights": "quant.format: nf4, or a smaller model",
     }.get(largest, "a smaller lora.rank")
     raise UserError(
-        f"not enough memory: the plan needs {needed / 2**30:.1f} GiB, {there / 2**30:.1f} GiB are free; "
-        f"most goes to {largest}: try {advice}"
+        f"not enough memory: the plan needs {needed / 2**30:.1f} GiB, {there / 2**30:.1f} GiB are "
+        f"free; most goes to {largest}: try {advice}"
     )

@@ -1,8 +1,8 @@
 """The recipe: everything a run depends on, as frozen dataclasses.
 
-The docstring under a field is its help text and its description in the JSON Schema. Checks that need
-several fields live in `__post_init__`, so a recipe that exists is a recipe that makes sense by itself;
-whether the model and the data it names exist is asked by the stages that open them.
+The docstring under a field is its help text and its description in the JSON Schema. Checks that
+need several fields live in `__post_init__`, so a recipe that exists is a recipe that makes sense by
+itself; whether the model and the data it names exist is asked by the stages that open them.
 This module imports neither torch nor pydantic: `--help` stays fast.
 """
 

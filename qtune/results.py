@@ -47,7 +47,7 @@ class Results:
         _, self._tuned = self._add(name, "adapter", self._trained.model, keep=True, size_bytes=size)
 
     def measure_bases(self) -> None:
-        """Rows of the base as it was quantized and in 16 bits, and samples of answers before and after."""
+        """Rows of the base, quantized and in 16 bits, and samples of answers before and after."""
         if self._recipe.quant.format is not None:
             model = self._trained.model
             with model.disable_adapter():

@@ -2,8 +2,8 @@
 
     recipe -> setup -> plan -> trained adapter -> table -> exported folders -> report
 
-What can fail is asked before anything is written. Each stage leaves its files in the run folder, and those after
-training start from there, so each can be run again alone.
+What can fail is asked before anything is written. Each stage leaves its files in the run folder,
+and those after training start from there, so each can be run again alone.
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from qtune import run_folder, show
 from qtune.environment import environment
 from qtune.export import exporter
 from qtune.memory import Peak
+from qtune.model.forward import check_packing
 from qtune.model.load import add_adapter, load_base
 from qtune.plan import Plan, make_plan
 from qtune.progress import console
@@ -92,9 +93,12 @@ def _model(setup: Setup) -> PeftModel:
         device=setup.device,
         trust_remote_code=recipe.trust_remote_code,
     )
+    check_packing(base)
     model = add_adapter(base, recipe.lora)
     if recipe.train.gradient_checkpointing:
-        base.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers 5.17 has it under its old name
+        old = base.gradient_checkpointing_enable
+        getattr(base, "activation_checkpointing_enable", old)({"use_reentrant": False})
     return model
 
 

@@ -61,7 +61,7 @@ class RunFolder:
 
 
 def check(recipe: Recipe, *, resume: bool) -> None:
-    """Raises UserError unless the run folder can be made or, to resume, holds a run of this recipe."""
+    """Raises UserError unless the run folder is free or, to resume, holds a run of this recipe."""
     if resume:
         _check_same(recipe)
     else:

@@ -1,4 +1,4 @@
-"""Everything a run needs before it trains, checked: model files, tokenizer, data. Nothing is written."""
+"""Everything a run needs before it trains, checked: model files, tokenizer, data."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -46,7 +46,7 @@ def plan(plan: Plan, setup: Setup) -> None:
 
 
 def samples(setup: Setup) -> None:
-    """Print a few training samples; what is learned is green, on a terminal, and between ‹ and ›."""
+    """Print a few training samples; what is learned stands between ‹ and ›, green on a terminal."""
     for sample in setup.data.train[:NUM_SAMPLES]:
         console.rule(Text(sample.row.place))
         console.print(_marked(sample, setup), soft_wrap=True)

@@ -68,12 +68,12 @@ def tiny_recipe(tiny_model: Path, tmp_path: Path) -> Callable[..., Recipe]:
             data=Data(
                 train="demo:train?rows=12",
                 validation="demo:validation?rows=4",
-                test="demo:test?rows=3",
+                test="demo:test?rows=2",
                 max_length=512,
             ),
             lora=Lora(rank=4, alpha=8),
             train=Train(steps=4, batch_size=4, lr=1e-2, eval_every=2, save_every=2),
-            evaluate=Evaluate(metric="json_match", max_new_tokens=4),
+            evaluate=Evaluate(metric="json_match", max_new_tokens=2),
             export=("adapter",),
             run=tmp_path / "run",
         )

@@ -63,7 +63,7 @@ def files():
 
 @pytest.fixture
 def refused(capsys):
-    """A caller of the command that checks: exit code 2, nothing on disk has changed; the message."""
+    """A caller of the command: exit code 2 and nothing changed on disk; returns the message."""
 
     def call(*arguments):
         capsys.readouterr()

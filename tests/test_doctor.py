@@ -74,3 +74,14 @@ def test_import_and_help_stay_free_of_torch():
     code = "import sys, qtune.doctor; print({'torch', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_show_marks_what_needs_attention(monkeypatch, capsys):
+    found = [doctor.Line("torch", "2.13 [cpu]", True), doctor.Line("hub", "unreachable", False)]
+    monkeypatch.setattr(doctor, "report", lambda: found)
+    doctor.show()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines] == [
+        ["ok", "torch", "2.13", "[cpu]"],
+        ["!!", "hub", "unreachable"],
+    ]

@@ -64,7 +64,9 @@ def test_a_step_keeps_nothing_that_was_not_planned(tiny_recipe):
     """The whole step's saved bytes, loss included, are activations and logits."""
     recipe = tiny_recipe()
     samples = open_setup(recipe, Accelerator()).data.train[:3]
-    model = add_adapter(load_base(Path(recipe.model), recipe.quant, device=CPU), recipe.lora).train()
+    model = add_adapter(
+        load_base(Path(recipe.model), recipe.quant, device=CPU), recipe.lora
+    ).train()
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
     kept = {}
 
@@ -112,9 +114,7 @@ def test_the_largest_matrix_is_counted_once_more_while_it_is_dequantized(tiny_re
     largest = max(layer.in_features * layer.out_features for layer in layers)
     planned = training_memory(model, batch, CPU, checkpointing=False)
     assert planned.temporary == largest * 2
-    assert planned.total == sum(
-        getattr(planned, name) for name in planned.__dataclass_fields__
-    )
+    assert planned.total == sum(getattr(planned, name) for name in planned.__dataclass_fields__)
 
 
 def test_peak_sees_what_is_gone_again():

@@ -30,7 +30,8 @@ def dynamic_map(device: torch.device) -> Tensor:
     """The 256 scale levels, float32, ascending: seven decades, each with twice as many."""
     levels = [0.0, 1.0]
     for decade in range(7):
-        bounds = torch.linspace(0.1, 1, 2**decade + 1)
+        # on the CPU whatever the default device: one table everywhere
+        bounds = torch.linspace(0.1, 1, 2**decade + 1, device="cpu")
         middles = 10.0 ** (decade - 6) * (bounds[:-1] + bounds[1:]) / 2
         levels += middles.tolist() + (-middles).tolist()
     return torch.tensor(sorted(levels), device=device)

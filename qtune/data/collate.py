@@ -19,7 +19,6 @@ from torch import Tensor
 from qtune.data.chat import Sample
 from qtune.data.rows import Row
 
-
 # tokens; what `collate` should fill rows up to in training
 ROW_MULTIPLE = 128
 

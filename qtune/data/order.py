@@ -16,7 +16,7 @@ def order(num_rows: int, seed: int, epoch: int) -> list[int]:
 
 
 def rows_of_step(num_rows: int, batch_size: int, seed: int, step: int) -> list[int]:
-    """The rows of optimizer step `step`, counted from 0; passes over the data follow without a gap."""
+    """The rows of optimizer step `step`, counted from 0; epochs follow without a gap."""
     places = range(step * batch_size, (step + 1) * batch_size)
     return [order(num_rows, seed, at // num_rows)[at % num_rows] for at in places]
 

@@ -65,7 +65,7 @@ def _side_by_side(
     longest = max(sizes)
     places = _places(tuple(sizes), q.device)
     boxes = [
-        t.new_zeros(len(sizes) * longest, *t.shape[1:]).index_copy(0, places, t)
+        t.new_zeros(len(sizes) * longest, *t.shape[1:]).index_put((places,), t)
         if min(sizes) < longest
         else t
         for t in (q, k, v)

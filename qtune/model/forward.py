@@ -101,7 +101,8 @@ def _distinct(columns: Tensor, width: int) -> tuple[Tensor, Tensor]:
     if columns.is_meta:
         # nothing there says which: at most all of them
         return columns.new_empty(width), columns
-    return torch.unique(columns, return_inverse=True)
+    found: tuple[Tensor, Tensor] = torch.unique(columns, return_inverse=True)
+    return found
 
 
 def _logits_at(model: nn.Module, inner: nn.Module, columns: Tensor, **inputs: Any) -> Tensor:

@@ -52,7 +52,7 @@ def load_base(
     """
     register()
     logging.disable_progress_bar()
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
         device_map={"": device},
@@ -60,6 +60,8 @@ def load_base(
         output_loading_info=True,
         **_quantization(folder, quant),
     )
+    model: PreTrainedModel
+    model, info = loaded
     _check_complete(folder, info)
     attention.use_packed(model)
     model.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Figures of a run: one JSON line each in metrics.jsonl, and to Weights & Biases where the recipe asks for it."""
+"""Figures of a run: a line each in metrics.jsonl, and Weights & Biases where the recipe says so."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from qtune.recipe import Recipe
 class MetricsLog:
     """Appends to `metrics.jsonl` in the run folder; only the main process writes.
 
-    Lines after `step`, left by a run that went on past its last checkpoint before it stopped, are dropped.
+    Lines after `step` are dropped: a run that stopped had gone on past its last checkpoint.
     """
 
     def __init__(self, folder: Path, accelerator: Accelerator, step: int) -> None:
@@ -62,7 +62,7 @@ def check_wandb(recipe: Recipe) -> None:
 
 
 def start_wandb(recipe: Recipe, folder: Path, accelerator: Accelerator) -> None:
-    """Open a Weights & Biases run that keeps its files in the run folder, if the recipe asks for one."""
+    """Open a Weights & Biases run, if the recipe asks for one; its files go to the run folder."""
     if recipe.log.wandb is not None:
         # paths are no JSON
         config = json.loads(json.dumps(asdict(recipe), default=str))

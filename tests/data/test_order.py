@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qtune.data.order import micro_batches, order, rows_of_step
+from qtune.data.order import micro_batches, order, rows_of_step, share
 
 
 def samples(*lengths):
@@ -58,3 +58,13 @@ def test_steps_walk_through_every_pass_without_a_gap():
     walked = [row for step in range(9) for row in rows_of_step(5, 3, seed=7, step=step)]
     passes = [walked[at : at + 5] for at in range(0, 25, 5)]
     assert passes == [order(5, 7, epoch) for epoch in range(5)]
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 3])
+def test_shares_of_all_processes_are_the_step(num_processes):
+    step = samples(5, 1, 9, 3, 7, 2, 8)
+    shares = [share(step, process, num_processes) for process in range(num_processes)]
+    everything = [id(sample) for own in shares for sample in own]
+    assert sorted(everything) == sorted(id(sample) for sample in step)
+    work = [sum(len(sample.ids) for sample in own) for own in shares]
+    assert max(work) - min(work) <= 9

@@ -157,6 +157,7 @@ def test_a_model_that_passes_the_function_by_is_seen() -> None:
     assert torch.isnan(difference) or difference > 0.1
 
 
+CHUNKED = {"head_dim": 16, "num_local_experts": 2, "intermediate_size_mlp": 64}
 HYBRID = {"num_experts": 2, "head_dim": 16, "layer_types": ["linear_attention", "full_attention"]}
 
 
@@ -174,7 +175,7 @@ HYBRID = {"num_experts": 2, "head_dim": 16, "layer_types": ["linear_attention", 
         ("gemma2", {"head_dim": 16}, False),
         ("gpt_oss", {"head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1}, False),
         # chunks, recurrence, convolutions
-        ("llama4_text", {"head_dim": 16, "num_local_experts": 2, "intermediate_size_mlp": 64}, False),
+        ("llama4_text", CHUNKED, False),
         ("qwen3_next", HYBRID, False),
         ("lfm2", {"layer_types": ["conv", "full_attention"]}, False),
         ("mamba", {"state_size": 4}, False),

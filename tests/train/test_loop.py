@@ -236,7 +236,7 @@ def test_figures_of_a_run(tiny_recipe):
         (5, True),
     ]
     assert lines[-2]["tokens"] == end.tokens and lines[-2]["seconds"] == end.seconds
-    assert all(m["peak_memory_bytes"] > 0 and m["tokens_per_s"] > 0 for m in lines[:-1])
+    assert all(m["peak_memory_bytes"] >= 0 and m["tokens_per_s"] > 0 for m in lines[:-1])
     saved = [path.name for path in state.checkpoints(recipe.run / "checkpoints")]
     assert saved == ["step-000000", "step-000005"]
 
@@ -260,7 +260,7 @@ def test_a_gradient_that_is_not_finite_stops_before_it_spoils_the_adapter(tiny_r
     before = trained(job.model)
     first = next(p for p in job.model.parameters() if p.requires_grad)
     first.register_hook(lambda gradient: gradient * math.inf)
-    with pytest.raises(UserError, match="norm of its gradient (nan|inf)"):
+    with pytest.raises(UserError, match=r"norm of its gradient (nan|inf)"):
         loop.train(job, Accelerator())
     assert same(trained(job.model), before)
 

@@ -1,0 +1,67 @@
+import os
+import shutil
+
+import pytest
+
+from qtune import run_folder
+from qtune.errors import UserError
+from qtune.run_folder import RunFolder, check, check_disk, create, open_run
+
+
+def test_a_run_opens_as_it_was_created(tiny_recipe):
+    recipe = tiny_recipe()
+    check(recipe, resume=False)
+    assert create(recipe) == open_run(recipe.run) == RunFolder(recipe.run, recipe)
+    assert [path.name for path in recipe.run.iterdir()] == ["recipe.yaml"]
+
+
+def test_an_empty_folder_is_free_and_another_is_not(tiny_recipe, tmp_path):
+    recipe = tiny_recipe(run=tmp_path / "a")
+    recipe.run.mkdir()
+    check(recipe, resume=False)
+    (recipe.run / "x").touch()
+    (tmp_path / "a-2").mkdir()
+    with pytest.raises(UserError, match=r"a exists: .*--resume.*run=.*a-3"):
+        check(recipe, resume=False)
+
+
+def test_a_run_is_resumed_by_the_same_recipe_only(tiny_recipe):
+    recipe = tiny_recipe()
+    with pytest.raises(UserError, match="nothing to resume"):
+        check(recipe, resume=True)
+    create(recipe)
+    check(recipe, resume=True)
+    changed = tiny_recipe(lora={"rank_pattern": {"q_proj": 2}}, train={"lr": 1.0})
+    with pytest.raises(UserError) as error:
+        check(changed, resume=True)
+    assert "lora.rank_pattern.q_proj: None -> 2; train.lr: 0.01 -> 1.0" in str(error.value)
+
+
+def test_files_are_whole_or_as_they_were(tiny_recipe, monkeypatch):
+    run = create(tiny_recipe())
+    assert run.read("x.json") is None
+    run.write("x.json", {"text": "ä"})
+    with pytest.raises(TypeError):
+        run.write("x.json", {"text": object()})
+    monkeypatch.setattr(os, "replace", lambda *paths: None)
+    assert run.read("x.json") == {"text": "ä"}
+    assert {path.name for path in run.path.iterdir()} == {"recipe.yaml", "x.json"}
+
+
+def test_disk_room_is_asked_of_the_nearest_folder(tmp_path, monkeypatch):
+    free = shutil.disk_usage(tmp_path).free
+    check_disk(tmp_path / "not" / "there", 0)
+    with pytest.raises(UserError, match=f"disk too small at {tmp_path}: the run writes about"):
+        check_disk(tmp_path / "not" / "there", 2 * free)
+    usage = shutil.disk_usage(tmp_path)._replace(free=run_folder.DISK_RESERVE)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
+    check_disk(tmp_path, 0)
+    with pytest.raises(UserError):
+        check_disk(tmp_path, 1)
+
+
+def test_what_is_no_run(tmp_path, tiny_recipe):
+    with pytest.raises(UserError, match="is no run folder"):
+        open_run(tmp_path)
+    with pytest.raises(UserError, match="its training has not ended"):
+        create(tiny_recipe()).check_trained()
