@@ -68,31 +68,29 @@ class Results:
 
     def _merge(self) -> None:
         """Merge onto each base the recipe allows, measure, and keep the one with the lower loss."""
-        wanted, has_format = self._recipe.merge.base, self._recipe.quant.format is not None
-        bases: list[Onto] = ["original", "dequantized"] if has_format else ["original"]
-        if wanted != "auto" and wanted in bases:
-            bases = [wanted]
-        rows = {
-            onto: self._export(
-                "bf16",
-                replace(self._trained, onto=onto),
-                f"bf16-{onto}",
-                f"merged onto {onto}",
-                kind="merged",
-            )
-            for onto in bases
-        }
-        best = min(bases, key=lambda onto: rows[onto].loss)
-        for onto in bases:
+        rows = {onto: self._merge_onto(onto) for onto in self._merge_bases()}
+        best = min(rows, key=lambda onto: rows[onto].loss)
+        for onto in rows:
             folder = self._run.exports / f"bf16-{onto}"
             if onto == best:
                 shutil.rmtree(self._run.exports / "bf16", ignore_errors=True)
                 folder.rename(self._run.exports / "bf16")
             else:
                 shutil.rmtree(folder)
-        losses = ", ".join(f"{rows[onto].loss:.4f} onto {onto}" for onto in bases)
+        losses = ", ".join(f"{row.loss:.4f} onto {onto}" for onto, row in rows.items())
         self.table.merge = Merge(best, f"held-out loss {losses}")
         self._put(replace(rows[best], name="export bf16", kind="export"), instead=rows[best].name)
+
+    def _merge_bases(self) -> list[Onto]:
+        """What the recipe lets the adapter be merged onto; without a format both are the same."""
+        if self._recipe.quant.format is None:
+            return ["original"]
+        wanted = self._recipe.merge.base
+        return ["original", "dequantized"] if wanted == "auto" else [wanted]
+
+    def _merge_onto(self, onto: Onto) -> Row:
+        trained = replace(self._trained, onto=onto)
+        return self._export("bf16", trained, f"bf16-{onto}", f"merged onto {onto}", kind="merged")
 
     def _export(
         self, name: str, trained: Trained, folder_name: str, title: str, kind: Kind = "export"

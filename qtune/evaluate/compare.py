@@ -118,7 +118,7 @@ def read(path: Path) -> Table:
         raise UserError(f"{path}: no such file; `qtune eval {path.parent}` writes it") from None
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(
-            f"{path}: not a table of qtune ({error}); remove it, then run `qtune eval {path.parent}`"
+            f"{path}: not a table of qtune ({error}); remove it and run `qtune eval {path.parent}`"
         ) from error
 
 

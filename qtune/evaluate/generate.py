@@ -20,6 +20,7 @@ from qtune.data.chat import prompt_ids, special_tokens
 from qtune.data.rows import Row
 from qtune.evaluate.mode import measuring
 from qtune.model.forward import inner_model, takes_logits_to_keep
+from qtune.quant.linear import unpacked
 
 Progress = Callable[[int, int], None]
 
@@ -92,13 +93,14 @@ def generate_ids(
     A row that has ended is filled up with token 0 behind its stop token.
     """
     generate = cast(Callable[..., Tensor], model.generate)
-    return generate(
-        input_ids=prompts,
-        attention_mask=live,
-        generation_config=_greedy(max_new_tokens, stops),
-        streamer=streamer,
-        **_last_logits_only(model, prompts.device),
-    )
+    with unpacked(model):
+        return generate(
+            input_ids=prompts,
+            attention_mask=live,
+            generation_config=_greedy(max_new_tokens, stops),
+            streamer=streamer,
+            **_last_logits_only(model, prompts.device),
+        )
 
 
 def _greedy(max_new_tokens: int, stops: list[int]) -> GenerationConfig:

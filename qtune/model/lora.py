@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from qtune.errors import UserError
 from qtune.quant.linear import TENSORS, QuantLinear
-from qtune_kernels.linear import linear, linear_dx
+from qtune_kernels.linear import linear_dx
 
 # starts that read the base weight, which PEFT can only do on a dense one
 READS_WEIGHT = ("pissa", "olora", "corda", "loftq", "mica", "orthogonal")
@@ -33,12 +33,10 @@ class _LoraFunction(torch.autograd.Function):
         ctx: Any, x: Tensor, a: Tensor, b: Tensor, scaling: float, base: QuantLinear
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        packed, scales = base.quant_weight
-        bias = None if base.bias is None else base.bias.to(x.dtype)
-        weight = (packed, *scales, base.format.levels, base.group_size)
-        y: Tensor = linear(rows, *weight, base.out_features, bias)
+        y: Tensor = base(rows)
         h = rows @ a.to(x.dtype).T
         y.addmm_(h, b.to(x.dtype).T, alpha=scaling)
+        packed, scales = base.quant_weight
         ctx.save_for_backward(x, a, b, h, packed, *scales)
         ctx.scaling, ctx.levels, ctx.group_size = scaling, base.format.levels, base.group_size
         return y.view(*x.shape[:-1], base.out_features)

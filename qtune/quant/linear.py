@@ -5,8 +5,13 @@ them (`.to(dtype)`, `.half()`, mixed-precision wrappers), and saving, loading, D
 them as the plain tensors they are. There are no buffers and no tensor subclasses.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear as dense_linear
 
 from qtune.quant.format import load_format
 from qtune.quant.weight import (
@@ -34,6 +39,8 @@ class QuantLinear(nn.Linear):
     scale_scales: nn.Parameter
     scale_offset: nn.Parameter
     bias: nn.Parameter | None  # type: ignore[assignment]
+    # the dense weight, within `unpacked` only
+    dense: Tensor | None = None
 
     def __init__(
         self,
@@ -109,8 +116,10 @@ class QuantLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., O] in the dtype of x [..., I]."""
-        packed, scales = self.quant_weight
         bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self.dense is not None and self.dense.dtype == x.dtype:
+            return dense_linear(x, self.dense, bias)
+        packed, scales = self.quant_weight
         y: Tensor = linear(
             x, packed, *scales, self.format.levels, self.group_size, self.out_features, bias
         )
@@ -122,6 +131,26 @@ class QuantLinear(nn.Linear):
     def extra_repr(self) -> str:
         """What printing the module shows."""
         return f"{super().extra_repr()}, format={self.format_name}, group_size={self.group_size}"
+
+
+@contextmanager
+def unpacked(model: nn.Module) -> Iterator[None]:
+    """Meanwhile quantized layers on the CPU keep their weights dense, if memory has room to spare.
+
+    For decoding, where every token would unpack all weights again for a product with few rows.
+    The same weights are multiplied by the same routine, so results are the same bits.
+    """
+    layers = [m for m in model.modules() if isinstance(m, QuantLinear) and m.weight.is_cpu]
+    size = sum(m.in_features * m.out_features * m.compute_dtype.itemsize for m in layers)
+    if 2 * size > psutil.virtual_memory().available:
+        layers = []
+    try:
+        for layer in layers:
+            layer.dense = layer.dequantize()
+        yield
+    finally:
+        for layer in layers:
+            layer.dense = None
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

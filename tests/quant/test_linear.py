@@ -4,8 +4,10 @@ import copy
 import io
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from qtune.quant.format import format_names, load_format
-from qtune.quant.linear import TENSORS, QuantLinear
+from qtune.quant.linear import TENSORS, QuantLinear, unpacked
 from qtune.quant.weight import storage_bytes
 
 NAMES = format_names()
@@ -288,3 +290,23 @@ def test_half_precision_layer_keeps_its_bias() -> None:
     layer = QuantLinear.from_linear(dense, "nf4", 64)
     assert layer.bias is not None and torch.equal(layer.bias, dense.bias)
     assert layer.compute_dtype == torch.bfloat16 and not layer.bias.requires_grad
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_unpacked_weights_give_the_same_bits(name: str) -> None:
+    layer = QuantLinear.from_linear(nn.Linear(100, 33).bfloat16(), name, 64)
+    x = torch.randn(5, 100).bfloat16()
+    y = layer(x)
+    with unpacked(nn.Sequential(layer)):
+        assert layer.dense is not None
+        assert torch.equal(layer(x), y)
+        assert layer(x.float()).dtype == torch.float32
+        assert set(layer.state_dict()) == {*TENSORS, "bias"}
+    assert layer.dense is None
+
+
+def test_no_weights_are_unpacked_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = QuantLinear.from_linear(nn.Linear(64, 64), "nf4", 64)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1))
+    with unpacked(layer):
+        assert layer.dense is None
