@@ -31,6 +31,7 @@ from qtune.recipe import Recipe
 from qtune_kernels.packing import to_bitsandbytes
 from qtune_kernels.scales import SCALE_GROUP, dynamic_map
 
+MISSING = "bitsandbytes, which loads and checks the export, is missing: pip install bitsandbytes"
 GROUP_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -40,23 +41,24 @@ class BitsandbytesExporter:
     consumer = "bitsandbytes"
 
     def check(self, recipe: Recipe, form: Form = "pair") -> list[str]:
-        """A pair needs NF4 with groups that bitsandbytes knows."""
-        quant = recipe.quant
+        """The library that will load it must be there; a pair needs NF4 in groups that it knows."""
+        quant, missing = recipe.quant, find_spec("bitsandbytes") is None
+        problems = [f"{MISSING}, or leave this export out"] if missing else []
         if form == "merged":
-            return []
+            return problems
         if quant.format != "nf4":
             is_now = f"is {quant.format}" if quant.format else "is null"
-            return [
+            problems.append(
                 f"it holds NF4 only and quant.format {is_now}; train with nf4, or "
                 "export the merged form"
-            ]
-        if quant.group_size not in GROUP_SIZES:
+            )
+        elif quant.group_size not in GROUP_SIZES:
             sizes = ", ".join(str(size) for size in GROUP_SIZES)
-            return [
+            problems.append(
                 f"quant.group_size {quant.group_size} is not one of {sizes}; take 64, "
                 "or export the merged form"
-            ]
-        return []
+            )
+        return problems
 
     def size_bytes(self, trained: Trained) -> int:
         """The bytes of codes, scales, what stays in 16 bits and the adapter."""
@@ -74,7 +76,7 @@ class BitsandbytesExporter:
     ) -> PreTrainedModel | PeftModel:
         """The model on bitsandbytes' layers, with its adapter if there is one."""
         if find_spec("bitsandbytes") is None:
-            raise UserError("this check needs bitsandbytes: pip install bitsandbytes")
+            raise UserError(MISSING)
         base = load_model(folder, device)
         _check_cpu(base, device)
         return with_adapter(base, folder)

@@ -148,3 +148,5 @@ def test_missing_bitsandbytes_is_told(
     monkeypatch.setattr("qtune.export.bitsandbytes.find_spec", lambda _: None)
     with pytest.raises(UserError, match="pip install bitsandbytes"):
         BitsandbytesExporter().load(folder, tmp_path, CPU)
+    (problem,) = BitsandbytesExporter().check(train().recipe)
+    assert "pip install bitsandbytes, or leave this export out" in problem
