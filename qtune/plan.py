@@ -27,7 +27,7 @@ from qtune.recipe import Recipe
 
 # a training step takes this many times its matrix products: attention, norms, loss, dequantizing
 # (measured with the quickstart on two AMX cores; the bar shows the true rate)
-OVERHEAD = 2.5
+OVERHEAD = 3.8
 # the largest micro-batch of a run is looked for in so many steps
 MOST_STEPS = 1000
 
