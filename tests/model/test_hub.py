@@ -72,6 +72,8 @@ def fake_hub(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    # read from the environment once, which tests/conftest.py sets
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     yield handler
     server.shutdown()
@@ -135,6 +137,7 @@ def test_closed_port_and_offline_mode(monkeypatch):
 
 def test_address_that_is_none(monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "nonsense")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     assert "cannot be reached" in hub.probe()
 
 
