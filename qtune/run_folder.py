@@ -9,6 +9,7 @@ from typing import Any
 
 from qtune import recipe_yaml
 from qtune.errors import UserError
+from qtune.files import write_text
 from qtune.recipe import Recipe
 
 # bytes that must be free beyond what the run is known to write
@@ -73,7 +74,7 @@ def create(recipe: Recipe) -> RunFolder:
     path = recipe.run
     try:
         path.mkdir(parents=True, exist_ok=True)
-        _write_text(path / "recipe.yaml", recipe_yaml.dump(recipe))
+        write_text(path / "recipe.yaml", recipe_yaml.dump(recipe))
     except OSError as error:
         raise UserError(f"run folder {path} cannot be written: {error.strerror}") from error
     return RunFolder(path, recipe)
@@ -99,7 +100,7 @@ def check_disk(path: Path, needed: int) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file under a temporary name and rename it."""
-    _write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def _check_free(path: Path) -> None:
@@ -129,12 +130,6 @@ def _check_same(recipe: Recipe) -> None:
             f"cannot resume {recipe.run}: the recipe has changed ({'; '.join(differing)}); "
             "put it back, or start a new run with run=NAME"
         )
-
-
-def _write_text(path: Path, text: str) -> None:
-    made = path.with_name(f".{path.name}.{os.getpid()}")
-    made.write_text(text)
-    made.replace(path)
 
 
 def _free_name(path: Path) -> Path:

@@ -10,7 +10,6 @@ some sentences must be ignored. Splits share no sentence pattern.
 
 import argparse
 import json
-import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any, TypeVar
 
 from qtune.data import demo_phrases as words
 from qtune.data.demo_phrases import Phrases, Split
+from qtune.files import write_text
 
 SIZES: dict[Split, int] = {"train": 4000, "validation": 200, "test": 300}
 SYSTEM_PROMPT = "Reply with the expense as JSON."
@@ -109,9 +109,7 @@ def write(folder: Path, seed: int = 0) -> list[Path]:
     for split in SIZES:
         path = folder / f"{split}.jsonl"
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows(split, seed=seed)]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(lines), encoding="utf-8")
-        os.replace(partial, path)
+        write_text(path, "".join(lines))
         paths.append(path)
     return paths
 

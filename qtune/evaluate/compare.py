@@ -7,7 +7,6 @@ them. JSON has no infinity: a figure that is not finite is written as null and c
 import dataclasses
 import json
 import math
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +20,7 @@ from qtune.errors import UserError
 from qtune.evaluate.exact_match import Score, wilson_interval
 from qtune.evaluate.generate import Answers
 from qtune.evaluate.perplexity import Likelihood
+from qtune.files import write_text
 
 Kind = Literal["base", "quantized", "adapter", "merged", "export"]
 
@@ -101,10 +101,8 @@ def write(table: Table, path: Path) -> None:
     content["rows"] = [
         {key: _finite_or_none(value) for key, value in row.items()} for row in content["rows"]
     ]
-    partial = path.with_name(path.name + ".partial")
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-    partial.write_text(text + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, text + "\n")
 
 
 def read(path: Path) -> Table:

@@ -5,7 +5,6 @@ a run wrote is escaped by the template engine; only the charts, made here, are m
 files give the same page.
 """
 
-import os
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from qtune.evaluate.exact_match import wilson_interval
+from qtune.files import write_text
 from qtune.report import headline, numbers, plots
 from qtune.report.files import Files, read
 from qtune.report.plots import Series
@@ -34,9 +34,7 @@ SMALL_CHARTS = {
 
 def write_report(run: RunFolder) -> Path:
     """Path of report.html, written from the run's files; it is there whole or not at all."""
-    made = run.report.with_name(f".{run.report.name}.{os.getpid()}")
-    made.write_text(render(run), encoding="utf-8")
-    made.replace(run.report)
+    write_text(run.report, render(run))
     return run.report
 
 

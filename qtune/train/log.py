@@ -9,6 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from qtune.errors import UserError
+from qtune.files import write_text
 from qtune.recipe import Recipe
 
 
@@ -23,9 +24,7 @@ class MetricsLog:
         self._path = folder / "metrics.jsonl"
         if accelerator.is_main_process:
             kept = [m for m in read_metrics(folder) if m["step"] <= step] if step else []
-            made = self._path.with_name(f".{self._path.name}.{os.getpid()}")
-            made.write_text("".join(json.dumps(m) + "\n" for m in kept))
-            made.replace(self._path)
+            write_text(self._path, "".join(json.dumps(m) + "\n" for m in kept))
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Add one line for a step."""
