@@ -1,6 +1,6 @@
 """Forward and backward of one frozen linear layer on the CPU: ours, a bf16 layer's, bitsandbytes'.
 
-    python benchmarks/cpu_linear.py
+    python benchmarks/cpu_linear.py --threads 1 2
 
 Times y = x W^T and dx = dy W in bf16 (W is frozen, so there is no third product). All variants of
 a shape run in turn, round after round, so that other load on the machine hits all of them alike.
@@ -14,7 +14,9 @@ import os
 import platform
 import statistics
 import time
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from bitsandbytes.functional import quantize_4bit
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
+from qtune.files import write_text
 from qtune.quant.linear import QuantLinear
 
 # (out features, in features); multiples of 64, because others meet a bug of bitsandbytes 0.50
@@ -100,7 +103,6 @@ def environment() -> dict[str, Any]:
         "cpu": names[0] if names else platform.processor(),
         "cpus": os.cpu_count(),
         "amx": any("amx_bf16" in line for line in lines),
-        "threads": torch.get_num_threads(),
         "load_average_before": os.getloadavg()[0],
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -110,7 +112,7 @@ def environment() -> dict[str, Any]:
 
 def row(case: dict[str, Any]) -> str:
     """One line of the table: medians with quartiles, and their ratio to the dense layer."""
-    cells = [f"{case['out']}x{case['in']}", str(case["rows"])]
+    cells = [str(case["threads"]), f"{case['out']}x{case['in']}", str(case["rows"])]
     baseline = case["variants"][BASELINE]["median_ms"]
     for name, numbers in case["variants"].items():
         spread = f"{numbers['median_ms']:.2f} ({numbers['q1_ms']:.2f}-{numbers['q3_ms']:.2f})"
@@ -119,36 +121,43 @@ def row(case: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def main() -> None:
-    """Measure every shape and number of rows, print the table, write the results."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=3.0, help="for each shape and row count")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    report: dict[str, Any] = {"environment": environment(), "cases": []}
-    heads = ["O x I", "rows", *layers((64, 64))]
-    print(f"Milliseconds, median (quartiles), ratio to {BASELINE}. {report['environment']}\n")
-    print(f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}")
-    for shape in SHAPES:
-        for num_rows in ROWS:
-            variants = measure_summary(shape, num_rows, arguments.seconds)
-            case = {"out": shape[0], "in": shape[1], "rows": num_rows, "variants": variants}
-            report["cases"].append(case)
-            print(row(case), flush=True)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = arguments.out.with_suffix(".tmp")
-    temporary.write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(temporary, arguments.out)
-
-
 def measure_summary(
     shape: tuple[int, int], num_rows: int, seconds: float
 ) -> dict[str, dict[str, float]]:
     """The summaries of `measure`, by variant."""
     return {name: summary(times) for name, times in measure(shape, num_rows, seconds).items()}
+
+
+def cases(threads: Sequence[int], seconds: float) -> Iterator[dict[str, Any]]:
+    """The summaries for every number of threads, shape and number of rows."""
+    for num_threads, shape, num_rows in product(threads, SHAPES, ROWS):
+        torch.set_num_threads(num_threads)
+        yield {
+            "threads": num_threads,
+            "out": shape[0],
+            "in": shape[1],
+            "rows": num_rows,
+            "variants": measure_summary(shape, num_rows, seconds),
+        }
+
+
+def main() -> None:
+    """Measure every case, print the table, write the results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=3.0, help="for each case")
+    parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    report: dict[str, Any] = {"environment": environment(), "cases": []}
+    heads = ["threads", "O x I", "rows", *layers((64, 64))]
+    print(f"Milliseconds, median (quartiles), ratio to {BASELINE}. {report['environment']}\n")
+    print(f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}")
+    for case in cases(arguments.threads, arguments.seconds):
+        report["cases"].append(case)
+        print(row(case), flush=True)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(arguments.out, json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,33 +1,31 @@
 """Bytes of a training step, counted on the model itself rather than estimated.
 
-The model is run once on the `meta` device, where tensors have shapes and no data. Autograd then
-holds the tensors it would hold in training, and their bytes are added up: whatever the architecture
-and the recipe do, the count follows.
+The step is run once, forward and backward, on the `meta` device, where tensors have shapes and no
+data. Whatever it keeps and makes again there is what it keeps and makes again in training, so the
+count follows every architecture, recipe and policy of recomputation.
 """
 
-import math
-import os
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from qtune.data.collate import Batch
+from qtune.live_bytes import LiveBytes
+from qtune.model import attention
 from qtune.model.forward import forward_logits
+from qtune.model.head import output_head
 from qtune.quant.linear import QuantLinear
+from qtune.train import recompute
+from qtune.train.objectives import sft
 
 # AdamW keeps two moments beside each float32 weight and its gradient
 MOMENTS = 2
-CLEAR_REFS = Path("/proc/self/clear_refs")
-STATUS = Path("/proc/self/status")
-CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -43,9 +41,13 @@ class Memory:
     optimizer: int
     """AdamW's moments."""
     activations: int
-    """What autograd keeps of the largest micro-batch between forward and backward, logits apart."""
+    """What lies between forward and backward of the largest micro-batch, logits apart. On CUDA rows
+    with room for an adapter (`rows.wanted_room`) take 64/I more, which is not in it."""
+    backward: int
+    """What the fullest moment of the step adds to that: what the backward pass makes again, and
+    gradients of activations."""
     logits: int
-    """Logits of its supervised tokens and their gradient."""
+    """As many logits as the loss holds at a time, or the gradient of all of them."""
     temporary: int
     """The largest matrix while it is dequantized."""
 
@@ -56,111 +58,83 @@ class Memory:
 
 
 def training_memory(
-    model: nn.Module, batch: Batch, device: torch.device, *, checkpointing: bool
+    model: nn.Module, batch: Batch, device: torch.device, policy: recompute.Policy
 ) -> Memory:
     """The bytes of a step on `device` whose largest micro-batch is `batch`.
 
-    Model and batch are on `meta`.
+    Model and batch are on `meta`; the model is left in training, with that policy. Raises
+    ChangedInPlaceError where the model cannot follow it.
     """
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    with _FusedAttention(widens=device.type == "cpu"):
-        kept, logits = kept_for_backward(model, batch)
-    if checkpointing:
-        kept = _with_checkpointing(model, batch, kept)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    size = sum(p.nbytes for p in trained)
+    recompute.use(model.train(), policy)
+    fused = _FusedAttention()
+    with fused, attention.standing_for(device.type), recompute.changes_reported():
+        _attend_when_recomputed(model, fused)
+        kept, peak = _run_step(model, batch, trained)
+    logits, are_kept = _logits(model, batch, device)
     return Memory(
-        weights=sum(p.nbytes for p in frozen),
-        adapter=trained,
-        gradients=trained,
-        optimizer=MOMENTS * trained,
-        activations=kept,
-        logits=2 * logits.nbytes,
+        weights=sum(p.nbytes for p in model.parameters() if not p.requires_grad),
+        adapter=size,
+        gradients=size,
+        optimizer=MOMENTS * size,
+        activations=kept - logits if are_kept else kept,
+        backward=peak - kept,
+        logits=logits,
         temporary=_largest_dense(model),
     )
 
 
-def kept_for_backward(model: nn.Module, batch: Batch) -> tuple[int, Tensor]:
-    """Bytes that autograd keeps of a forward pass, parameters and logits apart; the logits."""
-    kept: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept[_storage(tensor)] = tensor
-        return tensor
-
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
-        logits = forward_logits(model, batch)
-    for tensor in (*model.parameters(), logits):
-        kept.pop(_storage(tensor), None)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()), logits
-
-
-class Peak:
-    """Most memory taken since this was made, in bytes: allocated on a GPU, resident on the CPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        elif CLEAR_REFS.exists():
-            # 5 resets the high-water mark of the resident memory; not every sandbox has it
-            with suppress(OSError):
-                CLEAR_REFS.write_text("5")
-        self._before = 0 if device.type == "cuda" else psutil.Process().memory_info().rss
-
-    def bytes(self) -> int:
-        """The peak so far."""
-        if self._device.type == "cuda":
-            return int(torch.cuda.max_memory_allocated(self._device))
-        # the two counters differ by a few pages
-        return max(0, _most_resident() - self._before)
+def _run_step(model: nn.Module, batch: Batch, trained: list[nn.Parameter]) -> tuple[int, int]:
+    """Bytes between forward and backward pass, and the most at any moment, without parameters."""
+    # as in every micro-batch but the first, gradients are there and are added to
+    gradients = [torch.zeros_like(parameter) for parameter in trained]
+    for parameter, gradient in zip(trained, gradients, strict=True):
+        parameter.grad = gradient
+    with LiveBytes([*model.parameters(), *model.buffers(), *gradients]) as live:
+        loss, _ = sft.loss(model, batch)
+        kept = live.now
+        torch.autograd.backward(loss)
+    for parameter in trained:
+        parameter.grad = None
+    return kept, live.peak
 
 
-def available_bytes(device: torch.device) -> int:
-    """Memory that a run may take on the device now, in bytes."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    # processes beside this one on the machine need as much
-    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return int(min(psutil.virtual_memory().available, _container_bytes())) // num_processes
+def _logits(model: nn.Module, batch: Batch, device: torch.device) -> tuple[int, bool]:
+    """Bytes of the logits, and whether the step keeps as many for the backward pass."""
+    head = output_head(model)
+    if head is not None:
+        return head.logits_bytes(len(batch.targets), device), False
+    with torch.no_grad():
+        return forward_logits(model, batch).nbytes, True
 
 
-def _most_resident() -> int:
-    """High-water mark of the resident memory in bytes; what is resident now where none is kept."""
-    lines = STATUS.read_text().splitlines() if STATUS.exists() else []
-    for line in lines:
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024
-    return int(psutil.Process().memory_info().rss)
+def _attend_when_recomputed(model: nn.Module, fused: "_FusedAttention") -> None:
+    """Let blocks run in that mode the second time too; the backward pass leaves modes behind."""
+    for block in recompute.blocks(model):
+        run: Any = block._gradient_checkpointing_func
+        within: Any = partial(_run_attending, run, fused)
+        block._gradient_checkpointing_func = within
 
 
-def _container_bytes() -> float:
-    """What the container's limit leaves, in bytes; file caches are given back when needed."""
-    if not (CGROUP / "memory.max").is_file():
-        return math.inf
-    limit = (CGROUP / "memory.max").read_text().strip()
-    if limit == "max":
-        return math.inf
-    stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-    used = int((CGROUP / "memory.current").read_text()) - int(stat["inactive_file"])
-    return int(limit) - used
+def _run_attending(
+    run: Callable[..., Any], fused: "_FusedAttention", block: Callable[..., Any], *inputs: Any
+) -> Any:
+    def attending(*inputs: Any) -> Any:
+        with fused:
+            return block(*inputs)
+
+    return run(attending, *inputs)
 
 
 class _FusedAttention(TorchFunctionMode):
-    """On `meta`, attention as devices run it: PyTorch would take the path that keeps [T, T] there.
-
-    `widens` says that it works in float32, as `model.attention` does on the CPU.
-    """
-
-    def __init__(self, *, widens: bool) -> None:
-        super().__init__()
-        self._widens = widens
+    """On `meta`, attention as devices run it: PyTorch would take the path that keeps [T, T]."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is not scaled_dot_product_attention:
             return func(*args, **kwargs)
-        query, key, value = (t.float() if self._widens else t for t in args)
-        return _fused_attention(query, key, value, **kwargs)
+        return _fused_attention(*args, **kwargs)
 
 
 def _fused_attention(
@@ -177,19 +151,6 @@ def _fused_attention(
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     y: Tensor = fused(q, k, v, dropout_p, is_causal, scale=scale)[0]
     return y
-
-
-def _storage(tensor: Tensor) -> int:
-    at: int = tensor.untyped_storage()._cdata
-    return at
-
-
-def _with_checkpointing(model: nn.Module, batch: Batch, kept: int) -> int:
-    """Bytes where blocks keep only their inputs: these, and all of one block while it is redone."""
-    config = model.config.get_text_config()  # type: ignore[operator,union-attr]
-    inputs: int = batch.input_ids.numel() * config.hidden_size * config.dtype.itemsize
-    num_blocks: int = config.num_hidden_layers
-    return inputs * num_blocks + kept // num_blocks
 
 
 def _largest_dense(model: nn.Module) -> int:

@@ -7,6 +7,7 @@ throughput of this machine, measured in a fraction of a second.
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,15 @@ from qtune.data.chat import Sample
 from qtune.data.collate import ROW_MULTIPLE, collate
 from qtune.data.order import micro_batches, rows_of_step, share
 from qtune.errors import UserError
-from qtune.memory import Memory, available_bytes, training_memory
-from qtune.model import attention
-from qtune.model.load import add_adapter
+from qtune.machine import available_bytes
+from qtune.memory import Memory, training_memory
+from qtune.model.load import add_adapter, make_ready
 from qtune.model.quantizer import QtuneConfig, quantized_on_meta
 from qtune.quant.linear import QuantLinear
 from qtune.recipe import Recipe
+from qtune.recompute_choice import Recompute, choose
+from qtune.train import recompute
+from qtune.train.recompute import POLICIES, Policy
 
 # a training step takes this many times its matrix products: attention, norms, loss, dequantizing
 # (measured with the quickstart on two AMX cores; the bar shows the true rate)
@@ -50,6 +54,7 @@ class Plan:
     num_parameters: int
     num_trained: int
     memory: Memory
+    recompute: Recompute
     available_bytes: int
     steps: int
     tokens_per_step: int
@@ -68,31 +73,38 @@ def make_plan(
     samples: Sequence[Sample],
     device: torch.device,
     num_processes: int = 1,
+    *,
+    free_bytes: int | None = None,
+    begun_with: Policy | None = None,
 ) -> Plan:
     """The plan of a run on the model in `folder` with these training samples.
 
-    Raises UserError where the run needs more memory than the device has, or settings fit no layer.
+    `free_bytes` is what the run may take, by default what is free on the device; `begun_with` is
+    the policy of recomputation of a run that goes on. Raises UserError where the run needs more
+    memory than there is, or settings fit no layer.
     """
     config = AutoConfig.from_pretrained(folder, trust_remote_code=recipe.trust_remote_code)
     base = meta_model(config, recipe)
     layers = [_layer(name, m) for name, m in base.named_modules() if isinstance(m, torch.nn.Linear)]
     num_parameters = sum(layer.shape[0] * layer.shape[1] for layer in layers)
     model = add_adapter(base, recipe.lora)
-    steps = num_steps(recipe, len(samples))
-    batch = collate(
-        _largest_micro_batch(recipe, samples, steps, num_processes), "meta", multiple=ROW_MULTIPLE
-    )
-    checkpointing = recipe.train.gradient_checkpointing
-    memory = training_memory(model, batch, device, checkpointing=checkpointing)
-    tokens = _tokens(samples) * recipe.train.batch_size // len(samples)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    seconds = _step_seconds(num_parameters, trained, tokens / num_processes, recipe, device)
+    steps = num_steps(recipe, len(samples))
+    largest = _largest_micro_batch(recipe, samples, steps, num_processes)
+    memories = _memories(model, largest, device, recipe)
+    free = available_bytes(device) if free_bytes is None else free_bytes
+    sizes = {policy: memory.total for policy, memory in memories.items()}
+    chosen = choose(sizes, free, recipe.train.recompute, begun_with)
+    memory = memories[chosen.policy]
+    tokens = _tokens(samples) * recipe.train.batch_size // len(samples)
+    seconds = _step_seconds(num_parameters, trained, tokens / num_processes, chosen.policy, device)
     plan = Plan(
         layers=layers,
         num_parameters=num_parameters,
         num_trained=trained,
         memory=memory,
-        available_bytes=available_bytes(device),
+        recompute=chosen,
+        available_bytes=free,
         steps=steps,
         tokens_per_step=tokens,
         expected_minutes=steps * seconds / 60,
@@ -111,7 +123,7 @@ def meta_model(config: Any, recipe: Recipe) -> PreTrainedModel:
             dtype=torch.bfloat16,
             trust_remote_code=recipe.trust_remote_code,
         )
-    attention.use_packed(model)
+    make_ready(model)
     if recipe.quant.format is not None:
         settings = QtuneConfig(
             format=recipe.quant.format,
@@ -163,11 +175,33 @@ def _largest_micro_batch(
     return largest
 
 
+def _memories(
+    model: torch.nn.Module, samples: Sequence[Sample], device: torch.device, recipe: Recipe
+) -> dict[Policy, Memory]:
+    """Bytes of a step under each policy that the model can follow, fastest first.
+
+    Raises UserError where the recipe names one that it cannot.
+    """
+    batch = collate(samples, "meta", multiple=ROW_MULTIPLE)
+    policies = POLICIES if any(recompute.blocks(model)) else POLICIES[:1]
+    memories: dict[Policy, Memory] = {}
+    for policy in policies:
+        with suppress(recompute.ChangedInPlaceError):
+            memories[policy] = training_memory(model, batch, device, policy)
+    wanted = recipe.train.recompute
+    if wanted != "auto" and wanted not in memories:
+        raise UserError(
+            f"train.recompute: {wanted} does not work with this model; set it to auto, or to "
+            f"{' or '.join(memories)}"
+        )
+    return memories
+
+
 def _step_seconds(
-    frozen: int, trained: int, tokens: float, recipe: Recipe, device: torch.device
+    frozen: int, trained: int, tokens: float, policy: Policy, device: torch.device
 ) -> float:
     """Seconds of a step: two products with a frozen weight per token, three with others."""
-    products = 3 * frozen if recipe.train.gradient_checkpointing else 2 * frozen
+    products = 3 * frozen if policy == "all" else 2 * frozen
     return OVERHEAD * 2 * (products + 3 * trained) * tokens / _matrix_rate(device)
 
 
@@ -199,12 +233,19 @@ def _check_fits(plan: Plan) -> None:
     if needed <= there:
         return
     largest = max(asdict(plan.memory).items(), key=lambda item: item[1])[0]
-    advice = {
-        "activations": "train.gradient_checkpointing: true or a smaller train.micro_batch_tokens",
-        "logits": "a smaller train.micro_batch_tokens",
-        "weights": "quant.format: nf4, or a smaller model",
-    }.get(largest, "a smaller lora.rank")
     raise UserError(
         f"not enough memory: the plan needs {needed / 2**30:.1f} GiB, {there / 2**30:.1f} GiB are "
-        f"free; most goes to {largest}: try {advice}"
+        f"free; most goes to {largest}: try {_advice(largest, plan.recompute)}"
     )
+
+
+def _advice(largest: str, recompute: Recompute) -> str:
+    """What to set where most memory goes to that part."""
+    shorter = "a smaller train.micro_batch_tokens"
+    kept = shorter if recompute.saves_most else f"train.recompute: all or {shorter}"
+    return {
+        "activations": kept,
+        "backward": shorter,
+        "logits": shorter,
+        "weights": "quant.format: nf4, or a smaller model",
+    }.get(largest, "a smaller lora.rank")

@@ -110,8 +110,8 @@ class Train:
     """AdamW moment decay rates."""
     max_grad_norm: float | None = 1.0
     """Gradients are scaled down to this norm; null switches clipping off."""
-    gradient_checkpointing: bool = False
-    """Recompute each block in the backward pass: less memory, about a third more time."""
+    recompute: Literal["auto", "none", "cheap", "all"] = "auto"
+    """Redone in the backward pass: none, cheap (no matrix product), all; auto: what must be."""
     eval_every: int = 50
     """Steps between held-out losses; 0 evaluates only at the end."""
     save_every: int = 100

@@ -30,6 +30,8 @@ _EXPECTED = {
     "dict_type": "a mapping",
     "dataclass_type": "a mapping",
 }
+# what a key is called elsewhere, or was called here
+_OTHER_NAMES = {"gradient_checkpointing": "recompute", "activation_checkpointing": "recompute"}
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def _unknown(keys: Keys) -> str:
         home = f"in '{dotted(homes[0])}'" if homes[0] else "at the top level"
         return f"unknown key '{key}'{inside}; it belongs {home}"
     names = list(known_keys(section))
-    close = difflib.get_close_matches(key, names, n=1)
+    close = difflib.get_close_matches(_OTHER_NAMES.get(key, key), names, n=1)
     if close:
         return f"unknown key '{key}'{inside}; did you mean '{close[0]}'?"
     return f"unknown key '{key}'{inside}; known are {', '.join(names)}"

@@ -8,6 +8,7 @@ and those after training start from there, so each can be run again alone.
 
 from collections.abc import Sequence
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from peft import PeftModel
@@ -15,7 +16,7 @@ from peft import PeftModel
 from qtune import run_folder, show
 from qtune.environment import environment
 from qtune.export import exporter
-from qtune.memory import Peak
+from qtune.machine import Peak, available_bytes
 from qtune.model.forward import check_packing
 from qtune.model.load import add_adapter, load_base
 from qtune.plan import Plan, make_plan
@@ -25,7 +26,7 @@ from qtune.report import write_report
 from qtune.results import Results
 from qtune.run_folder import RunFolder
 from qtune.setup import Setup, open_setup
-from qtune.train import log, loop, state
+from qtune.train import log, loop, recompute, state
 
 
 def train(recipe: Recipe, *, resume: bool = False) -> None:
@@ -38,10 +39,10 @@ def train(recipe: Recipe, *, resume: bool = False) -> None:
     log.check_wandb(recipe)
     accelerator = Accelerator(log_with="wandb" if recipe.log.wandb else None)
     setup = open_setup(recipe, accelerator)
-    plan = make_plan(recipe, setup.base, setup.data.train, setup.device, accelerator.num_processes)
+    run = RunFolder(recipe.run, recipe)
+    plan = _plan(run, setup, accelerator)
     run_folder.check_disk(recipe.run, plan.disk_bytes)
     show.plan(plan, setup)
-    run = RunFolder(recipe.run, recipe)
     if not run.adapter.is_dir():
         fit(run, setup, plan, accelerator)
     if accelerator.is_main_process:
@@ -59,6 +60,7 @@ def fit(run: RunFolder, setup: Setup, plan: Plan, accelerator: Accelerator) -> N
     start = state.resumed(run.checkpoints, fresh)
     peak = Peak(setup.device)
     model = _model(setup)
+    recompute.use(model, plan.recompute.policy)
     # from here on nothing that is wrong with model or data is left to find
     if accelerator.is_main_process:
         run_folder.create(recipe)
@@ -83,6 +85,21 @@ def fit(run: RunFolder, setup: Setup, plan: Plan, accelerator: Accelerator) -> N
     accelerator.free_memory()
 
 
+def _plan(run: RunFolder, setup: Setup, accelerator: Accelerator) -> Plan:
+    """The plan of the run, the same in every process; a run that goes on does so as it began."""
+    free = torch.tensor([available_bytes(setup.device)], device=setup.device)
+    before = run.read("plan.json")
+    return make_plan(
+        run.recipe,
+        setup.base,
+        setup.data.train,
+        setup.device,
+        accelerator.num_processes,
+        free_bytes=int(accelerator.gather(free).min()),
+        begun_with=before and before["recompute"]["policy"],
+    )
+
+
 def _model(setup: Setup) -> PeftModel:
     """The quantized base with a fresh adapter, the same one in every process."""
     recipe = setup.recipe
@@ -94,12 +111,7 @@ def _model(setup: Setup) -> PeftModel:
         trust_remote_code=recipe.trust_remote_code,
     )
     check_packing(base)
-    model = add_adapter(base, recipe.lora)
-    if recipe.train.gradient_checkpointing:
-        # transformers 5.17 has it under its old name
-        old = base.gradient_checkpointing_enable
-        getattr(base, "activation_checkpointing_enable", old)({"use_reentrant": False})
-    return model
+    return add_adapter(base, recipe.lora)
 
 
 def check(recipe: Recipe) -> None:

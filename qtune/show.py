@@ -35,8 +35,12 @@ def plan(plan: Plan, setup: Setup) -> None:
         f"about {plan.tokens_per_step} tokens each, on {setup.device}",
         "memory": f"{_gib(memory.total)}: weights {_gib(memory.weights)}, adapter with gradients "
         f"and optimizer {_gib(memory.adapter + memory.gradients + memory.optimizer)}, activations "
-        f"{_gib(memory.activations)}, logits {_gib(memory.logits)}; "
+        f"{_gib(memory.activations)}, backward pass {_gib(memory.backward)}, logits "
+        f"{_gib(memory.logits)}; "
         f"{_gib(plan.available_bytes)} are free",
+        "recompute": f"{plan.recompute.policy}: {plan.recompute.reason} ("
+        + ", ".join(f"{name} {_gib(size)}" for name, size in plan.recompute.total_bytes.items())
+        + ")",
         "disk": f"{_gib(plan.disk_bytes)} in {recipe.run}",
         "time": f"about {max(1, round(plan.expected_minutes))} min of training",
         "exports": ", ".join(recipe.export) or "none",

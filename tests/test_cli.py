@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from qtune import cli, memory, plan, recipe_yaml, run, run_folder
+from qtune import cli, machine, plan, recipe_yaml, run, run_folder
 
 ROWS = [
     {
@@ -178,9 +178,9 @@ def test_exports_are_asked_before_training(recipe_file, refused):
 
 
 def test_not_enough_memory(recipe_file, refused, monkeypatch):
-    monkeypatch.setattr(plan, "available_bytes", lambda device: 1000)
+    monkeypatch.setattr(run, "available_bytes", lambda device: 1000)
     message = refused("train", recipe_file)
-    assert "not enough memory: the plan needs" in message and "try train." in message
+    assert "not enough memory: the plan needs" in message and ": try a smaller " in message
 
 
 def test_disk_too_small(recipe_file, refused, monkeypatch):
@@ -336,4 +336,4 @@ def test_schema_is_json(capsys):
 
 
 def test_memory_is_asked_of_the_machine():
-    assert 0 < memory.available_bytes(plan.torch.device("cpu")) < 2**50
+    assert 0 < machine.available_bytes(plan.torch.device("cpu")) < 2**50

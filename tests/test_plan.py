@@ -13,6 +13,7 @@ from transformers import (
     PhiConfig,
     Qwen3Config,
 )
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from qtune import plan
 from qtune.data.order import micro_batches, rows_of_step
@@ -69,6 +70,46 @@ def test_the_plan_is_json_with_a_total(tiny_recipe):
     assert read["expected_minutes"] > 0 and read["steps"] == 4
     assert read["layers"][0].keys() == {"name", "shape", "format", "size_bytes"}
     assert read["available_bytes"] > read["memory"]["total"]
+    assert read["recompute"]["policy"] == "none"
+    assert read["recompute"]["reason"] == "everything fits"
+    assert read["recompute"]["total_bytes"]["none"] == read["memory"]["total"]
+
+
+def test_what_is_made_again_follows_the_free_memory(tiny_recipe):
+    sizes = planned(tiny_recipe())[0].recompute.total_bytes
+    assert list(sizes) == ["none", "cheap", "all"]
+    for policy in ("cheap", "all"):
+        free = int(sizes[policy] / 0.89)
+        made, _ = planned(tiny_recipe(), free_bytes=free)
+        assert (made.recompute.policy, made.available_bytes) == (policy, free)
+        assert made.memory.total == sizes[policy]
+    with pytest.raises(UserError, match=r"most goes to .*: try a smaller train.micro_batch"):
+        planned(tiny_recipe(), free_bytes=sizes["all"] - 1)
+    with pytest.raises(UserError, match=r"train.recompute: all or a smaller train.micro_batch"):
+        planned(tiny_recipe(train={"recompute": "none"}), free_bytes=sizes["all"])
+
+
+def test_a_run_that_goes_on_is_planned_as_it_began(tiny_recipe):
+    for policy in ("none", "cheap", "all"):
+        assert planned(tiny_recipe(), begun_with=policy)[0].recompute.policy == policy
+
+
+def test_a_policy_that_the_model_cannot_follow_is_left_out(tiny_recipe, monkeypatch):
+    def doubling(self, x):
+        # in place, as GPT-OSS adds biases to products of its experts
+        return self.down_proj(self.gate_proj(x).mul_(2))
+
+    monkeypatch.setattr(LlamaMLP, "forward", doubling)
+    assert list(planned(tiny_recipe())[0].recompute.total_bytes) == ["none", "all"]
+    with pytest.raises(UserError, match=r"cheap does not work .* to auto, or to none or all"):
+        planned(tiny_recipe(train={"recompute": "cheap"}))
+
+
+def test_a_model_without_blocks_keeps_everything(tiny_recipe, monkeypatch):
+    monkeypatch.setattr(plan.recompute, "blocks", lambda model: iter(()))
+    assert list(planned(tiny_recipe())[0].recompute.total_bytes) == ["none"]
+    with pytest.raises(UserError, match="cheap does not work with this model; set it to auto"):
+        planned(tiny_recipe(train={"recompute": "cheap"}))
 
 
 def test_the_largest_micro_batch_of_the_run_is_planned_for(tiny_recipe):
@@ -109,7 +150,8 @@ def test_warmup_may_not_be_all_of_the_run(tiny_recipe):
 @pytest.mark.parametrize(
     ("part", "advice"),
     [
-        ("activations", "gradient_checkpointing: true"),
+        ("activations", "train.recompute: all or a smaller train.micro_batch_tokens"),
+        ("backward", "smaller train.micro_batch_tokens"),
         ("logits", "smaller train.micro_batch_tokens"),
         ("weights", "quant.format: nf4"),
         ("optimizer", "smaller lora.rank"),

@@ -123,7 +123,8 @@ data:
 train:
   steps: 10.0
   steps: "10"
-  gradient_checkpointing: yes
+  gradient_checkpointing: true
+  recompute: everything
 quant: {format: nf5, group_size: 64}
 lora:
 run: 3
@@ -136,12 +137,13 @@ export: [adapter, onnx]
         "r.yaml:4:3: data.max_length (4) must be at least 8",
         "r.yaml:7:3: key 'steps' in 'train' is given twice, first in line 6; remove one",
         "r.yaml:7:10: expected a whole number, got the text '10'; remove the quotes",
-        "r.yaml:8:27: expected true or false, got the text 'yes'; write true",
-        "r.yaml:9:17: expected 'nf4' or 'int8', got the text 'nf5'; did you mean 'nf4'?",
-        "r.yaml:10:6: expected a mapping, got nothing (null); give it a value or, for the "
+        "r.yaml:8:3: unknown key 'gradient_checkpointing' in 'train'; did you mean 'recompute'?",
+        "r.yaml:9:14: expected 'auto', 'none', 'cheap' or 'all', got the text 'everything'",
+        "r.yaml:10:17: expected 'nf4' or 'int8', got the text 'nf5'; did you mean 'nf4'?",
+        "r.yaml:11:6: expected a mapping, got nothing (null); give it a value or, for the "
         "default, remove the key",
-        "r.yaml:11:6: expected text, got the number 3; put it in quotes",
-        "r.yaml:12:19: expected 'adapter', 'bf16', 'bitsandbytes' or 'qtune', got the text 'onnx'",
+        "r.yaml:12:6: expected text, got the number 3; put it in quotes",
+        "r.yaml:13:19: expected 'adapter', 'bf16', 'bitsandbytes' or 'qtune', got the text 'onnx'",
         "override 'log.evry=1': unknown key 'evry' in 'log'; did you mean 'every'?",
         "override 'seed=x': expected a whole number, got the text 'x'",
     ]

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qtune import cli, recipe_yaml, run, run_folder
 from qtune.evaluate import compare
 from qtune.train.log import read_metrics
+from qtune.train.recompute import POLICIES
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -158,7 +159,8 @@ VARIANTS = {
     "int8": {"quant": {"format": "int8"}, "export": ("bf16", "qtune")},
     "dora": {"lora": {"dora": True, "dropout": 0.1}, "export": ("adapter", "bf16")},
     "head": {"lora": {"modules_to_save": ("lm_head",)}, "export": ("adapter", "bf16", "qtune")},
-    "checkpointing": {"train": {"gradient_checkpointing": True}},
+    "cheap": {"train": {"recompute": "cheap"}},
+    "all": {"train": {"recompute": "all"}},
     "own validation": {"data": {"validation": None, "test": None}},
     "no answers": {"evaluate": {"answer_rows": 0, "loss_rows": 1}},
     "merged": {"merge": {"quantized": "merged", "base": "original"}, "export": ("qtune", "bf16")},
@@ -182,14 +184,16 @@ def test_variants_train_and_export(tiny_recipe, variant):
     assert (folder.path / "samples.json").exists() == bool(trained.answers)
 
 
-def test_checkpointing_changes_no_figure(tiny_recipe, tmp_path):
+def test_recomputation_changes_no_figure(tiny_recipe, tmp_path):
     losses = {}
-    for on in (False, True):
-        settings = {"gradient_checkpointing": on, "eval_every": 0}
-        recipe = tiny_recipe(train=settings, export=(), run=tmp_path / str(on))
+    for policy in POLICIES:
+        settings = {"recompute": policy, "eval_every": 0}
+        recipe = tiny_recipe(train=settings, export=(), run=tmp_path / policy)
         run.train(recipe)
-        losses[on] = [m["loss"] for m in read_metrics(recipe.run) if "loss" in m]
-    assert losses[True] == pytest.approx(losses[False], rel=1e-3)
+        planned = run_folder.open_run(recipe.run).read("plan.json")["recompute"]
+        assert (planned["policy"], planned["reason"]) == (policy, "the recipe names it")
+        losses[policy] = [m["loss"] for m in read_metrics(recipe.run) if "loss" in m]
+    assert losses["none"] == losses["cheap"] == losses["all"]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

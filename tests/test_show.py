@@ -31,6 +31,7 @@ def test_the_plan_in_words(tiny_recipe, screen):
     assert lines["data"].startswith("12 training rows of ") and "2 test requests" in lines["data"]
     assert lines["training"].startswith("4 steps of 4 samples")
     assert "are free" in lines["memory"] and lines["disk"].endswith(str(recipe.run))
+    assert lines["recompute"].startswith("none: everything fits (none 0.00 GiB, cheap ")
     assert lines["time"] == "about 1 min of training" and lines["exports"] == "adapter, qtune"
 
 

@@ -1,7 +1,7 @@
 """The CUDA kernels of `dequantize`: one launch, codes and scale codes in, rounded weights out.
 
-Levels come from `tl.gather` on a 16-entry float32 table, which the compiler keeps in shared
-memory: exact, and 8 to 10 instructions a weight where a chain of selects takes 22. Products and
+Levels come from `tl.gather` on a float32 table, which the compiler keeps in shared memory: exact,
+and 8 to 10 instructions a weight where a chain of selects among 16 takes 22. Products and
 sums stay apart (`enable_fp_fusion=False`), so that the bits are those of the plain PyTorch
 version.
 """
@@ -14,43 +14,64 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qtune_kernels.packing import RUN
+from qtune_kernels.packing import SEGMENT, STRIP_SEGMENTS, code_bits
+from qtune_kernels.rows import ALIGNMENT
 from qtune_kernels.scales import SCALE_GROUP, Scales, dynamic_map
 
-_HALF = tl.constexpr(RUN // 2)
+_SEGMENT = tl.constexpr(SEGMENT)
 _SCALE_GROUP = tl.constexpr(SCALE_GROUP)
+_ALIGNMENT = tl.constexpr(ALIGNMENT)
 # weights that a program of four warps writes
 PROGRAM_WEIGHTS = 16384
 
 
 def dequantize_into(
-    flat: Tensor, packed: Tensor, scales: Scales, levels: Sequence[float], group_size: int
+    out: Tensor, packed: Tensor, scales: Scales, levels: Sequence[float], group_size: int
 ) -> None:
-    """Write the first `flat.numel()` weights into `flat`, of any float dtype."""
-    bits = 4 if levels else 8
-    unit = min(group_size, RUN // 2)
-    units = PROGRAM_WEIGHTS * bits // 8 // unit
-    kernel = _dequantize_4bit_kernel if levels else _dequantize_8bit_kernel
+    """Write the first `out.numel()` weights into `out`, of any float dtype, flat or [O, I].
+
+    Rows of a matrix may lie apart where `reaches` says so.
+    """
+    bits = code_bits(levels)
+    num_segments = STRIP_SEGMENTS[bits] if levels else 1
+    unit = min(group_size, SEGMENT)
+    kernel = _dequantize_levels_kernel if levels else _dequantize_8bit_kernel
     table = (levels_table(tuple(levels), packed.device),) if levels else ()
+    layout = {"BITS": bits, "SEGMENTS": num_segments} if levels else {}
+    if not out.is_contiguous():
+        gap = out.stride(0) - out.shape[1]
+        layout |= {"units_a_row": out.shape[1] // unit, "gaps": gap // ALIGNMENT}
     with torch.cuda.device_of(packed):
-        kernel[(triton.cdiv(packed.numel(), units * unit),)](
+        kernel[(triton.cdiv(out.numel(), PROGRAM_WEIGHTS),)](
             packed,
             *scales,
             dynamic_map(packed.device),
             *table,
-            flat,
-            flat.numel(),
+            out,
+            out.numel(),
+            **layout,
             GROUP=group_size,
             UNIT=unit,
-            UNITS=units,
+            UNITS=PROGRAM_WEIGHTS // num_segments // unit,
             num_warps=4,
             enable_fp_fusion=False,
         )
 
 
+def reaches(out: Tensor, group_size: int) -> bool:
+    """Whether `dequantize_into` can write the rows of `out` [O, I] where they lie.
+
+    Apart, they must be whole units of weights that are written together, and stay aligned: gaps are
+    counted in multiples of that, so that the compiler knows.
+    """
+    whole_units = out.shape[1] % min(group_size, SEGMENT) == 0
+    aligned = out.stride(1) == 1 and out.stride(0) % ALIGNMENT == out.shape[1] % ALIGNMENT == 0
+    return out.is_contiguous() or (whole_units and aligned)
+
+
 @cache
 def levels_table(levels: tuple[float, ...], device: torch.device) -> Tensor:
-    """The levels, float32 [16], on the device."""
+    """The levels, float32 [2^bits], on the device."""
     return torch.tensor(levels, dtype=torch.float32, device=device)
 
 
@@ -67,7 +88,31 @@ def group_scale(codes_ptr, scales_ptr, offset, map_ptr, group, live):
 
 
 @triton.jit
-def _dequantize_4bit_kernel(
+def _gaps_before(weight, units_a_row, gaps, UNIT: tl.constexpr):
+    """How much further on units lie, given their first weights, for the gaps behind rows."""
+    return ((weight // UNIT).to(tl.int32) // units_a_row).to(tl.int64) * gaps * _ALIGNMENT
+
+
+@triton.jit
+def _load_bytes(packed_ptr, byte, live, BITS: tl.constexpr):
+    """The bytes of a program's strips; of 3 bits in int32, with those of the high bits above them.
+
+    `byte` counts the bytes of strips alone; a run of 3 bits is two strips and 64 bytes more. The
+    high bits of a strip's segments are moved to the lowest places.
+    """
+    if BITS == 3:
+        run = byte // (2 * _SEGMENT)
+        packed = tl.load(packed_ptr + byte + run * _SEGMENT, mask=live, other=0).to(tl.int32)
+        high_at = run * (3 * _SEGMENT) + 2 * _SEGMENT + byte % _SEGMENT
+        high = tl.load(packed_ptr + high_at, mask=live, other=0).to(tl.int32)
+        packed |= high >> byte // _SEGMENT % 2 * 4 << 8
+    else:
+        packed = tl.load(packed_ptr + byte, mask=live, other=0)
+    return packed
+
+
+@triton.jit
+def _dequantize_levels_kernel(
     packed_ptr,
     scale_codes_ptr,
     scale_scales_ptr,
@@ -76,23 +121,32 @@ def _dequantize_4bit_kernel(
     levels_ptr,
     weights_ptr,
     num_weights,
+    BITS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     GROUP: tl.constexpr,
     UNIT: tl.constexpr,
     UNITS: tl.constexpr,
+    units_a_row=None,
+    gaps=0,
 ):
-    # a unit is UNIT bytes whose low nibbles lie in one quantization group, as do their high ones
+    # a strip is 64 bytes with SEGMENTS segments; a unit is UNIT bytes of it, in which the codes of
+    # each segment lie in one quantization group
     BYTES: tl.constexpr = UNIT * UNITS
-    first = tl.program_id(0).to(tl.int64) * (2 * BYTES)
-    num_left = tl.minimum(num_weights - first, 2 * BYTES).to(tl.int32)
+    FIELD: tl.constexpr = 8 // SEGMENTS
+    GAP: tl.constexpr = (SEGMENTS - 1) * _SEGMENT
+    program = tl.program_id(0).to(tl.int64)
+    first = program * (SEGMENTS * BYTES)
+    num_left = tl.minimum(num_weights - first, SEGMENTS * BYTES).to(tl.int32)
     byte = tl.arange(0, BYTES)
-    low_at = byte + byte // _HALF * _HALF
+    first_at = byte + byte // _SEGMENT * GAP
     unit = tl.arange(0, UNITS) * UNIT
-    low_unit_at = unit + unit // _HALF * _HALF
+    first_unit_at = unit + unit // _SEGMENT * GAP
     offset = tl.load(scale_offset_ptr)
-    levels = tl.load(levels_ptr + tl.arange(0, 16))
-    packed = tl.load(packed_ptr + first // 2 + byte, mask=low_at < num_left, other=0)
-    for plane in tl.static_range(2):
-        unit_at = low_unit_at + plane * _HALF
+    levels = tl.load(levels_ptr + tl.arange(0, 1 << BITS))
+    packed_ptr += program * (SEGMENTS * BYTES * BITS // 8)
+    packed = _load_bytes(packed_ptr, byte, first_at < num_left, BITS)
+    for segment in tl.static_range(SEGMENTS):
+        unit_at = first_unit_at + segment * _SEGMENT
         scale = group_scale(
             scale_codes_ptr,
             scale_scales_ptr,
@@ -102,10 +156,19 @@ def _dequantize_4bit_kernel(
             unit_at < num_left,
         )
         scale = tl.reshape(tl.broadcast_to(scale[:, None], [UNITS, UNIT]), [BYTES])
-        weight = tl.gather(levels, (packed >> 4 * plane & 15).to(tl.int32), 0) * scale
-        at = low_at + plane * _HALF
+        code = packed >> FIELD * segment & (1 << FIELD) - 1
+        if BITS == 3:
+            code |= packed >> 6 + segment & 4
+        weight = tl.gather(levels, code.to(tl.int32), 0) * scale
+        at = first_at + segment * _SEGMENT
         weight = weight.to(weights_ptr.dtype.element_ty)
-        tl.store(weights_ptr + first + at, weight, mask=at < num_left)
+        live = at < num_left
+        if units_a_row is not None:
+            ahead = _gaps_before(first + unit_at, units_a_row, gaps, UNIT)
+            at += tl.reshape(tl.broadcast_to(ahead[:, None], [UNITS, UNIT]), [BYTES])
+            # Triton 3.6 does not see this through the reshape, and would store one by one
+            at = tl.max_contiguous(tl.multiple_of(at, _ALIGNMENT), _ALIGNMENT)
+        tl.store(weights_ptr + first + at, weight, mask=live)
 
 
 @triton.jit
@@ -120,6 +183,8 @@ def _dequantize_8bit_kernel(
     GROUP: tl.constexpr,
     UNIT: tl.constexpr,
     UNITS: tl.constexpr,
+    units_a_row=None,
+    gaps=0,
 ):
     first = tl.program_id(0).to(tl.int64) * (UNIT * UNITS)
     num_left = tl.minimum(num_weights - first, UNIT * UNITS).to(tl.int32)
@@ -134,7 +199,10 @@ def _dequantize_8bit_kernel(
     )
     step = tl.div_rn(scale, 127.0)
     at = unit_at[:, None] + tl.arange(0, UNIT)[None, :]
-    code = tl.load(packed_ptr + first + at, mask=at < num_left, other=0)
+    live = at < num_left
+    code = tl.load(packed_ptr + first + at, mask=live, other=0)
     weight = (code.to(tl.float32) - 128.0) * step[:, None]
     weight = weight.to(weights_ptr.dtype.element_ty)
-    tl.store(weights_ptr + first + at, weight, mask=at < num_left)
+    if units_a_row is not None:
+        at += _gaps_before(first + unit_at, units_a_row, gaps, UNIT)[:, None]
+    tl.store(weights_ptr + first + at, weight, mask=live)

@@ -1,10 +1,10 @@
 """y = x W^T and dx = dy W, straight from codes.
 
 Autograd keeps the codes, never a dequantized matrix, and there is no gradient for the frozen
-weight. On the CPU, and on CUDA for many rows, a matrix is dequantized into a temporary and
-multiplied by the vendor's GEMM; on the CPU that temporary is one buffer for all layers. For few
-rows on CUDA the kernels of linear_triton.py decode the weight inside the product; linear_tiles.py
-decides.
+weight. On a CPU with AMX the weight is decoded into the cache within the product (cpu/product.py).
+Elsewhere on the CPU, and on CUDA for many rows, it is dequantized into a temporary and multiplied
+by the vendor's GEMM; on the CPU that temporary is one buffer for all layers. For few rows on CUDA
+the kernels of linear_triton.py decode the weight inside the product; linear_tiles.py decides.
 """
 
 from collections.abc import Sequence
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
-from qtune_kernels.dequantize import dequantize, dequantize_into, stored_weights
+from qtune_kernels.dequantize import Codes, dequantize, dequantize_into, stored_weights
 from qtune_kernels.linear_tiles import backward_tile, forward_tile
+from qtune_kernels.packing import code_bits
 from qtune_kernels.scales import Scales
 from qtune_kernels.scratch import scratch
 
@@ -35,7 +36,7 @@ def linear(
     """y = x W^T + bias, [..., O] in the dtype of x [..., I]; for W's arguments see `dequantize`."""
     scales = Scales(scale_codes, scale_scales, scale_offset)
     shape = (out_features, x.shape[-1])
-    weight = _temporary_weight(packed, scales, levels, group_size, shape, x.dtype)
+    weight = temporary_weight(packed, scales, levels, group_size, shape, x.dtype)
     return dense_linear(x, weight, bias)
 
 
@@ -54,6 +55,29 @@ def _(
     return x.new_empty(*x.shape[:-1], out_features)
 
 
+@linear.register_kernel("cpu")
+def _(
+    x: Tensor,
+    packed: Tensor,
+    scale_codes: Tensor,
+    scale_scales: Tensor,
+    scale_offset: Tensor,
+    levels: Sequence[float],
+    group_size: int,
+    out_features: int,
+    bias: Tensor | None,
+) -> Tensor:
+    from qtune_kernels.cpu.product import multiplies, product
+
+    scales, shape = Scales(scale_codes, scale_scales, scale_offset), (out_features, x.shape[-1])
+    codes = Codes(packed, scales, levels, group_size, shape)
+    if multiplies(x, codes):
+        rows = product(x.reshape(-1, shape[1]), codes, outputs_first=True, bias=bias)
+        return rows.view(*x.shape[:-1], out_features)
+    weight = temporary_weight(packed, scales, levels, group_size, shape, x.dtype)
+    return dense_linear(x, weight, bias)
+
+
 @linear.register_kernel("cuda")
 def _(
     x: Tensor,
@@ -68,9 +92,10 @@ def _(
 ) -> Tensor:
     scales = Scales(scale_codes, scale_scales, scale_offset)
     shape = (out_features, x.shape[-1])
-    tile = forward_tile(x.numel() // shape[1], shape, x.dtype, group_size)
+    bits = code_bits(levels)
+    tile = forward_tile(x.numel() // shape[1], shape, x.dtype, group_size, bits, x.device)
     if tile is None:
-        weight = _temporary_weight(packed, scales, levels, group_size, shape, x.dtype)
+        weight = temporary_weight(packed, scales, levels, group_size, shape, x.dtype)
         return dense_linear(x, weight, bias)
     from qtune_kernels import linear_triton
 
@@ -91,7 +116,7 @@ def linear_dx(
     """dx = dy W, [..., I] in the dtype of dy [..., O]."""
     scales = Scales(scale_codes, scale_scales, scale_offset)
     shape = (dy.shape[-1], in_features)
-    return dy @ _temporary_weight(packed, scales, levels, group_size, shape, dy.dtype)
+    return dy @ temporary_weight(packed, scales, levels, group_size, shape, dy.dtype)
 
 
 @linear_dx.register_fake
@@ -108,6 +133,27 @@ def _(
     return dy.new_empty(*dy.shape[:-1], in_features)
 
 
+@linear_dx.register_kernel("cpu")
+def _(
+    dy: Tensor,
+    packed: Tensor,
+    scale_codes: Tensor,
+    scale_scales: Tensor,
+    scale_offset: Tensor,
+    levels: Sequence[float],
+    group_size: int,
+    in_features: int,
+) -> Tensor:
+    from qtune_kernels.cpu.product import multiplies, product
+
+    scales, shape = Scales(scale_codes, scale_scales, scale_offset), (dy.shape[-1], in_features)
+    codes = Codes(packed, scales, levels, group_size, shape)
+    if multiplies(dy, codes):
+        rows = product(dy.reshape(-1, shape[0]), codes, outputs_first=False)
+        return rows.view(*dy.shape[:-1], in_features)
+    return dy @ temporary_weight(packed, scales, levels, group_size, shape, dy.dtype)
+
+
 @linear_dx.register_kernel("cuda")
 def _(
     dy: Tensor,
@@ -121,15 +167,16 @@ def _(
 ) -> Tensor:
     scales = Scales(scale_codes, scale_scales, scale_offset)
     shape = (dy.shape[-1], in_features)
-    tile = backward_tile(dy.numel() // shape[0], shape, dy.dtype, group_size)
+    bits = code_bits(levels)
+    tile = backward_tile(dy.numel() // shape[0], shape, dy.dtype, group_size, bits, dy.device)
     if tile is None:
-        return dy @ _temporary_weight(packed, scales, levels, group_size, shape, dy.dtype)
+        return dy @ temporary_weight(packed, scales, levels, group_size, shape, dy.dtype)
     from qtune_kernels import linear_triton
 
     return linear_triton.linear_dx(dy, packed, scales, levels, group_size, in_features, tile)
 
 
-def _temporary_weight(
+def temporary_weight(
     packed: Tensor,
     scales: Scales,
     levels: Sequence[float],

@@ -1,10 +1,9 @@
 """The fused CUDA kernels of `linear` and `linear_dx`: the weight is decoded inside the product.
 
-A run of 128 columns is one [features, 64] tile of bytes that becomes two tiles of weights, one for
-each nibble plane, with one scale a row. Where one wave of programs would leave multiprocessors
-idle, the sum is split into parts that a second kernel adds in a fixed order: no atomics, so
-results repeat bit for bit. Out-of-range rows of tiles are clamped to the last one where that only
-feeds results that are never stored.
+The weight is read by weight_tiles_triton.py, which makes [features, 64] of it at a time. Where one
+wave of programs would leave multiprocessors idle, the sum is split into parts that a second kernel
+adds in a fixed order: no atomics, so results repeat bit for bit. Out-of-range rows of tiles are
+clamped to the last one where that only feeds results that are never stored.
 
 Kernels call built-in functions of `triton.language` only (`tl.full`, not `tl.zeros`): the others
 are kernels themselves, compiled or interpreted according to how Triton was imported, which the
@@ -19,14 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qtune_kernels.dequantize_triton import group_scale
 from qtune_kernels.linear_tiles import Tile, num_parts
-from qtune_kernels.lookup import lookup_ptx
-from qtune_kernels.packing import RUN
+from qtune_kernels.lookup import decoder
+from qtune_kernels.lora_triton import Adapter, adapter_arguments, narrow_product
+from qtune_kernels.packing import SEGMENT, STRIP_SEGMENTS, TILE_SEGMENTS, code_bits
 from qtune_kernels.scales import Scales, dynamic_map
+from qtune_kernels.weight_tiles_triton import strip_scales, strip_weights
 
-_RUN = tl.constexpr(RUN)
-_HALF = tl.constexpr(RUN // 2)
+_SEGMENT = tl.constexpr(SEGMENT)
 _SUM_BLOCK = 1024
 
 
@@ -39,12 +38,17 @@ def linear(
     out_features: int,
     bias: Tensor | None,
     tile: Tile,
+    adapter: Adapter | None = None,
 ) -> Tensor:
-    """y = x W^T + bias, [..., O] in the dtype of x [..., I], bf16 or fp16; I a multiple of 128."""
+    """y = x W^T + bias, [..., O] in the dtype of x [..., I], bf16 or fp16; I whole tiles.
+
+    With an adapter, plus scaling u B^T.
+    """
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    num_runs = rows.shape[1] // RUN
+    bits = code_bits(levels)
+    num_steps = rows.shape[1] // (TILE_SEGMENTS[bits] * SEGMENT)
     num_tiles = triton.cdiv(rows.shape[0], tile.rows) * triton.cdiv(out_features, tile.features)
-    parts = num_parts(num_tiles, num_runs)
+    parts = num_parts(num_tiles, num_steps, rows.device)
     y = rows.new_empty(rows.shape[0], out_features)
     with torch.cuda.device_of(rows):
         sums = _partial_sums(y, parts)
@@ -56,12 +60,13 @@ def linear(
             bias if parts == 1 else None,
             sums,
             *y.shape,
-            num_runs,
-            triton.cdiv(num_runs, parts),
-            LOOKUP=_lookup(tuple(levels), rows.dtype),
+            num_steps,
+            triton.cdiv(num_steps, parts),
+            **_decoding(tuple(levels), rows.dtype),
             GROUP=group_size,
             BLOCK_M=tile.rows,
             BLOCK_O=tile.features,
+            **adapter_arguments(adapter),
             num_warps=tile.warps,
             num_stages=tile.stages,
             enable_fp_fusion=True,
@@ -78,13 +83,18 @@ def linear_dx(
     group_size: int,
     in_features: int,
     tile: Tile,
+    adapter: Adapter | None = None,
 ) -> Tensor:
-    """dx = dy W, [..., I] in the dtype of dy [..., O], bf16 or fp16; I a multiple of 128."""
+    """dx = dy W, [..., I] in the dtype of dy [..., O], bf16 or fp16; I whole tiles.
+
+    With an adapter, plus scaling v A.
+    """
     rows = dy.reshape(-1, dy.shape[-1]).contiguous()
-    num_runs = in_features // RUN
-    num_tiles = triton.cdiv(rows.shape[0], tile.rows) * num_runs
+    bits = code_bits(levels)
+    num_strips = in_features // (STRIP_SEGMENTS[bits] * SEGMENT)
+    num_tiles = triton.cdiv(rows.shape[0], tile.rows) * num_strips
     num_steps = triton.cdiv(rows.shape[1], tile.features)
-    parts = num_parts(num_tiles, num_steps)
+    parts = num_parts(num_tiles, num_steps, rows.device)
     dx = rows.new_empty(rows.shape[0], in_features)
     with torch.cuda.device_of(rows):
         sums = _partial_sums(dx, parts)
@@ -95,12 +105,13 @@ def linear_dx(
             dynamic_map(rows.device),
             sums,
             *rows.shape,
-            num_runs,
+            in_features // (TILE_SEGMENTS[bits] * SEGMENT),
             triton.cdiv(num_steps, parts),
-            LOOKUP=_lookup(tuple(levels), rows.dtype),
+            **_decoding(tuple(levels), rows.dtype),
             GROUP=group_size,
             BLOCK_M=tile.rows,
             BLOCK_O=tile.features,
+            **adapter_arguments(adapter),
             num_warps=tile.warps,
             num_stages=tile.stages,
             enable_fp_fusion=True,
@@ -110,9 +121,13 @@ def linear_dx(
 
 
 @cache
-def _lookup(levels: tuple[float, ...], dtype: torch.dtype) -> str:
-    """The look-up's text; empty for 8-bit codes."""
-    return lookup_ptx(levels, dtype) if levels else ""
+def _decoding(levels: tuple[float, ...], dtype: torch.dtype) -> dict[str, str | float]:
+    """What the kernels must know about the codes, by the names of their arguments."""
+    bits = code_bits(levels)
+    text, unit = decoder(levels, dtype)
+    segments = STRIP_SEGMENTS[bits]
+    strips = TILE_SEGMENTS[bits] // segments
+    return {"LOOKUP": text, "UNIT": unit, "BITS": bits, "SEGMENTS": segments, "STRIPS": strips}
 
 
 def _partial_sums(out: Tensor, parts: int) -> Tensor:
@@ -127,50 +142,6 @@ def _add_parts(sums: Tensor, bias: Tensor | None, out: Tensor) -> None:
         _add_parts_kernel[grid](
             sums, bias, out, out.numel(), out.shape[1], PARTS=sums.shape[0], BLOCK=_SUM_BLOCK
         )
-
-
-@triton.jit
-def _weight_tiles(packed_at, live, LOOKUP: tl.constexpr, DTYPE: tl.constexpr):
-    """Both planes of a [features, 128] tile of weights, unscaled; where not `live`, any weights."""
-    if LOOKUP == "":
-        low = tl.load(packed_at, mask=live)
-        high = tl.load(packed_at + _HALF, mask=live)
-        # 128ths, which are exact, and keep the scales clear of the subnormal numbers of float16
-        low = (low.to(tl.float32) * (1.0 / 128.0) - 1.0).to(DTYPE)
-        high = (high.to(tl.float32) * (1.0 / 128.0) - 1.0).to(DTYPE)
-    elif tl.bfloat16 == DTYPE:
-        low, high = tl.inline_asm_elementwise(
-            LOOKUP,
-            "=&r,=&r,=&r,=&r,r",
-            [tl.load(packed_at, mask=live)],
-            dtype=(tl.bfloat16, tl.bfloat16),
-            is_pure=True,
-            pack=4,
-        )
-    else:
-        low, high = tl.inline_asm_elementwise(
-            LOOKUP,
-            "=&r,=&r,=&r,=&r,r",
-            [tl.load(packed_at, mask=live)],
-            dtype=(tl.float16, tl.float16),
-            is_pure=True,
-            pack=4,
-        )
-    return low, high
-
-
-@triton.jit
-def _tile_scales(
-    codes_ptr, scales_ptr, offset, map_ptr, plane, live, LOOKUP: tl.constexpr, GROUP: tl.constexpr
-):
-    """The float32 scales of the two planes, the first of which is number `plane` in the matrix."""
-    PLANES: tl.constexpr = GROUP // _HALF
-    low = group_scale(codes_ptr, scales_ptr, offset, map_ptr, plane // PLANES, live)
-    high = group_scale(codes_ptr, scales_ptr, offset, map_ptr, (plane + 1) // PLANES, live)
-    if LOOKUP == "":
-        low = low * (128.0 / 127.0)
-        high = high * (128.0 / 127.0)
-    return low, high
 
 
 @triton.jit
@@ -197,39 +168,58 @@ def _few_rows_kernel(
     sums_ptr,
     num_rows,
     num_features,
-    num_runs,
-    runs_a_part,
+    row_tiles,
+    tiles_a_part,
     LOOKUP: tl.constexpr,
+    BITS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    STRIPS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_O: tl.constexpr,
+    narrow_ptr=None,
+    matrix_ptr=None,
+    scaling=1.0,
+    RANK: tl.constexpr = 0,
+    UNIT: tl.constexpr = 1.0,
 ):
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    RUN_BYTES: tl.constexpr = _RUN if LOOKUP == "" else _HALF
+    COLUMNS: tl.constexpr = STRIPS * SEGMENTS * _SEGMENT
     feature = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     row = tl.arange(0, BLOCK_M)
-    column = tl.arange(0, _HALF)
-    first = tl.program_id(1) * runs_a_part
-    last = tl.minimum(first + runs_a_part, num_runs)
+    column = tl.arange(0, _SEGMENT)
+    first = tl.program_id(1) * tiles_a_part
+    last = tl.minimum(first + tiles_a_part, row_tiles)
 
     held_feature = tl.minimum(feature, num_features - 1)
     held_row = tl.minimum(row, num_rows - 1)
-    x_at = x_ptr + first * _RUN + held_row[None, :] * (num_runs * _RUN) + column[:, None]
-    row_at = held_feature.to(tl.int64) * (num_runs * RUN_BYTES)
-    packed_at = packed_ptr + first * RUN_BYTES + row_at[:, None] + column[None, :]
-    plane = (held_feature * num_runs + first) * 2
+    x_at = x_ptr + first * COLUMNS + held_row[None, :] * (row_tiles * COLUMNS) + column[:, None]
+    first_tile = held_feature * row_tiles
     offset = tl.load(scale_offset_ptr)
-    sums = tl.full((BLOCK_O, BLOCK_M), 0.0, tl.float32)
-    for _ in range(first, last):
-        low_scale, high_scale = _tile_scales(
-            scale_codes_ptr, scale_scales_ptr, offset, scale_map_ptr, plane, None, LOOKUP, GROUP
-        )
-        low, high = _weight_tiles(packed_at, None, LOOKUP, DTYPE)
-        sums += tl.dot(low, tl.load(x_at)) * low_scale[:, None]
-        sums += tl.dot(high, tl.load(x_at + _HALF)) * high_scale[:, None]
-        x_at += _RUN
-        packed_at += RUN_BYTES
-        plane += 2
+    sums = narrow_product(
+        matrix_ptr, held_feature, narrow_ptr, held_row, 1, RANK, scaling, RANK, DTYPE
+    )
+    for step in range(first, last):
+        tile = first_tile + step
+        for strip in tl.static_range(STRIPS):
+            scales = strip_scales(
+                scale_codes_ptr,
+                scale_scales_ptr,
+                offset,
+                scale_map_ptr,
+                tile * STRIPS + strip,
+                None,
+                SEGMENTS,
+                GROUP,
+                UNIT,
+            )
+            weights = strip_weights(
+                packed_ptr, tile, strip, column, None, LOOKUP, BITS, SEGMENTS, DTYPE
+            )
+            for segment in tl.static_range(SEGMENTS):
+                x = tl.load(x_at + (strip * SEGMENTS + segment) * _SEGMENT)
+                sums += tl.dot(weights[segment], x) * scales[segment][:, None]
+        x_at += COLUMNS
     sums = tl.trans(sums)
     _store_sums(sums_ptr, bias_ptr, sums, row[:, None], feature[None, :], num_rows, num_features)
 
@@ -246,43 +236,59 @@ def _many_rows_kernel(
     sums_ptr,
     num_rows,
     num_features,
-    num_runs,
-    runs_a_part,
+    row_tiles,
+    tiles_a_part,
     LOOKUP: tl.constexpr,
+    BITS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    STRIPS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_O: tl.constexpr,
+    narrow_ptr=None,
+    matrix_ptr=None,
+    scaling=1.0,
+    RANK: tl.constexpr = 0,
+    UNIT: tl.constexpr = 1.0,
 ):
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    RUN_BYTES: tl.constexpr = _RUN if LOOKUP == "" else _HALF
+    COLUMNS: tl.constexpr = STRIPS * SEGMENTS * _SEGMENT
     # neighbours in launch order share a tile of weights, which is the larger operand
-    row_tiles = (num_rows + BLOCK_M - 1) // BLOCK_M
-    feature = tl.program_id(0) // row_tiles * BLOCK_O + tl.arange(0, BLOCK_O)
-    row = tl.program_id(0) % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = tl.arange(0, _HALF)
-    first = tl.program_id(1) * runs_a_part
-    last = tl.minimum(first + runs_a_part, num_runs)
+    num_blocks = (num_rows + BLOCK_M - 1) // BLOCK_M
+    feature = tl.program_id(0) // num_blocks * BLOCK_O + tl.arange(0, BLOCK_O)
+    row = tl.program_id(0) % num_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.arange(0, _SEGMENT)
+    first = tl.program_id(1) * tiles_a_part
+    last = tl.minimum(first + tiles_a_part, row_tiles)
 
     held_feature = tl.minimum(feature, num_features - 1)
     held_row = tl.minimum(row, num_rows - 1)
-    x_at = x_ptr + first * _RUN + held_row[:, None] * (num_runs * _RUN) + column[None, :]
-    row_at = held_feature.to(tl.int64) * (num_runs * RUN_BYTES)
-    packed_at = packed_ptr + first * RUN_BYTES + row_at[:, None] + column[None, :]
-    plane = (held_feature * num_runs + first) * 2
+    x_at = x_ptr + first * COLUMNS + held_row[:, None] * (row_tiles * COLUMNS) + column[None, :]
+    first_tile = held_feature * row_tiles
     offset = tl.load(scale_offset_ptr)
-    sums = tl.full((BLOCK_M, BLOCK_O), 0.0, tl.float32)
-    for _ in range(first, last):
-        low_scale, high_scale = _tile_scales(
-            scale_codes_ptr, scale_scales_ptr, offset, scale_map_ptr, plane, None, LOOKUP, GROUP
+    sums = narrow_product(
+        narrow_ptr, held_row, matrix_ptr, held_feature, 1, RANK, scaling, RANK, DTYPE
+    )
+    for step in range(first * STRIPS, last * STRIPS):
+        scales = strip_scales(
+            scale_codes_ptr,
+            scale_scales_ptr,
+            offset,
+            scale_map_ptr,
+            first_tile * STRIPS + step,
+            None,
+            SEGMENTS,
+            GROUP,
+            UNIT,
         )
-        low, high = _weight_tiles(packed_at, None, LOOKUP, DTYPE)
-        low = low * low_scale.to(DTYPE)[:, None]
-        high = high * high_scale.to(DTYPE)[:, None]
-        sums = tl.dot(tl.load(x_at), tl.trans(low), sums)
-        sums = tl.dot(tl.load(x_at + _HALF), tl.trans(high), sums)
-        x_at += _RUN
-        packed_at += RUN_BYTES
-        plane += 2
+        tile, strip = first_tile + step // STRIPS, step % STRIPS
+        weights = strip_weights(
+            packed_ptr, tile, strip, column, None, LOOKUP, BITS, SEGMENTS, DTYPE
+        )
+        for segment in tl.static_range(SEGMENTS):
+            weight = weights[segment] * scales[segment].to(DTYPE)[:, None]
+            sums = tl.dot(tl.load(x_at + segment * _SEGMENT), tl.trans(weight), sums)
+        x_at += SEGMENTS * _SEGMENT
     _store_sums(sums_ptr, bias_ptr, sums, row[:, None], feature[None, :], num_rows, num_features)
 
 
@@ -297,54 +303,78 @@ def _dx_kernel(
     sums_ptr,
     num_rows,
     num_features,
-    num_runs,
+    row_tiles,
     steps_a_part,
     LOOKUP: tl.constexpr,
+    BITS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    STRIPS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_O: tl.constexpr,
+    narrow_ptr=None,
+    matrix_ptr=None,
+    scaling=1.0,
+    RANK: tl.constexpr = 0,
+    UNIT: tl.constexpr = 1.0,
 ):
     DTYPE: tl.constexpr = dy_ptr.dtype.element_ty
-    RUN_BYTES: tl.constexpr = _RUN if LOOKUP == "" else _HALF
-    row_tiles = (num_rows + BLOCK_M - 1) // BLOCK_M
-    run = tl.program_id(0) // row_tiles
-    row = tl.program_id(0) % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = tl.arange(0, _HALF)
+    num_blocks = (num_rows + BLOCK_M - 1) // BLOCK_M
+    column_strip = tl.program_id(0) // num_blocks
+    row = tl.program_id(0) % num_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.arange(0, _SEGMENT)
     first = tl.program_id(1) * steps_a_part * BLOCK_O
     last = tl.minimum(first + steps_a_part * BLOCK_O, num_features)
 
     feature = first + tl.arange(0, BLOCK_O)
     held_row = tl.minimum(row, num_rows - 1)
     dy_at = dy_ptr + held_row[:, None] * num_features + feature[None, :]
-    row_at = feature.to(tl.int64) * (num_runs * RUN_BYTES)
-    packed_at = packed_ptr + run * RUN_BYTES + row_at[:, None] + column[None, :]
     offset = tl.load(scale_offset_ptr)
-    low_sums = tl.full((BLOCK_M, _HALF), 0.0, tl.float32)
-    high_sums = tl.full((BLOCK_M, _HALF), 0.0, tl.float32)
+    sums = ()
+    width = row_tiles * (STRIPS * SEGMENTS * _SEGMENT)
+    for segment in tl.static_range(SEGMENTS):
+        own = (column_strip * SEGMENTS + segment) * _SEGMENT + column
+        start = narrow_product(
+            narrow_ptr, held_row, matrix_ptr, own, width, 1, scaling, RANK, DTYPE
+        )
+        sums += (start,)  # type: ignore[assignment]
     for _ in range(first, last, BLOCK_O):
         live = feature < num_features
-        low_scale, high_scale = _tile_scales(
+        tile = feature * row_tiles + column_strip // STRIPS
+        scales = strip_scales(
             scale_codes_ptr,
             scale_scales_ptr,
             offset,
             scale_map_ptr,
-            (feature * num_runs + run) * 2,
+            feature * (row_tiles * STRIPS) + column_strip,
             live,
-            LOOKUP,
+            SEGMENTS,
             GROUP,
+            UNIT,
         )
-        low, high = _weight_tiles(packed_at, live[:, None], LOOKUP, DTYPE)
+        weights = strip_weights(
+            packed_ptr,
+            tile,
+            column_strip % STRIPS,
+            column,
+            live[:, None],
+            LOOKUP,
+            BITS,
+            SEGMENTS,
+            DTYPE,
+        )
         # the gradient is zero where a feature does not exist, so the weight there may be anything
         dy = tl.load(dy_at, mask=live[None, :], other=0.0)
-        low_sums = tl.dot(dy, low * low_scale.to(DTYPE)[:, None], low_sums)
-        high_sums = tl.dot(dy, high * high_scale.to(DTYPE)[:, None], high_sums)
+        grown = ()
+        for segment in tl.static_range(SEGMENTS):
+            weight = weights[segment] * scales[segment].to(DTYPE)[:, None]
+            grown += (tl.dot(dy, weight, sums[segment]),)  # type: ignore[assignment]
+        sums = grown
         feature += BLOCK_O
         dy_at += BLOCK_O
-        packed_at += BLOCK_O * num_runs * RUN_BYTES
-    low_column = run * _RUN + column[None, :]
-    width = num_runs * _RUN
-    _store_sums(sums_ptr, None, low_sums, row[:, None], low_column, num_rows, width)
-    _store_sums(sums_ptr, None, high_sums, row[:, None], low_column + _HALF, num_rows, width)
+    for segment in tl.static_range(SEGMENTS):
+        own = (column_strip * SEGMENTS + segment) * _SEGMENT + column[None, :]
+        _store_sums(sums_ptr, None, sums[segment], row[:, None], own, num_rows, width)
 
 
 @triton.jit

@@ -1,63 +1,171 @@
-"""PTX text that looks up 4-bit codes in a table of 16 levels without touching memory.
+"""PTX text that turns 2, 3 or 4-bit codes into 16-bit levels without touching memory.
 
-`prmt` picks four bytes out of eight by a selector of four 4-bit digits, and packed codes are such
-digits already. For each byte of a 16-bit level, one `prmt` takes the choice among levels 0 to 7,
-one that among 8 to 15 (their digits are the codes' low three bits), and a third chooses between
-the two by the codes' high bit. So eight codes cost 16 `prmt` and four other instructions, for any
-levels; each level is rounded once to the 16-bit type, nothing else.
+`prmt` picks four bytes out of eight by a selector of four 4-bit digits. Packed 4-bit codes are
+such digits already; 2-bit codes are after a mask, and 3-bit codes once their high bit is put in
+between. Up to eight levels, one `prmt` gives the low bytes of four codes' levels and one the high
+bytes. Of 16 levels, one takes the choice among levels 0 to 7, one that among 8 to 15 (their digits
+are the codes' low three bits), and a third chooses between the two by the codes' high bit. Others
+join low and high bytes. Any levels will do; each is rounded once to the 16-bit type, nothing else.
+
+| bits | `prmt` | other instructions | codes |
+| ---- | ------ | ------------------ | ----- |
+| 4    | 16     | 5                  | 8     |
+| 3    | 16     | 14                 | 16    |
+| 2    | 16     | 5                  | 16    |
+
+Four-bit levels that are whole multiples of a step need no table: a code that is put into the
+mantissa of a number with the right exponent is an integer, from which another is subtracted. Eight
+codes cost 4 `prmt` and 7 others; nothing is rounded, and the step goes into the scale.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
-# a word is 4 storage bytes; code j of the low plane is nibble 2j, of the high plane nibble 2j + 1
-LOW_PLANE = ((0, 2), (4, 6))
-HIGH_PLANE = ((1, 3), (5, 7))
+from qtune_kernels.packing import STRIP_SEGMENTS, code_bits
+
+# segments whose codes are the even and the odd digits of a word, for each word of digits
+WORDS = {4: ((0, 1),), 3: ((0, 2), (1, 3)), 2: ((0, 2), (1, 3))}
+# the high byte of 2^e and the number 2^e whose last bit is worth one
+ONES = {torch.bfloat16: (0x43, 128), torch.float16: (0x64, 1024)}
+REGISTERS = """.reg .b32 digits0, digits1, choice0, choice1, small, large, low0, low1, high0, high1;
+.reg .b32 plane, even, odd;"""
 
 
-def lookup_ptx(levels: Sequence[float], dtype: torch.dtype) -> str:
-    """PTX that turns four storage bytes in $4 into 16-bit levels, of low nibbles in $0 and $1.
+class Decoder(NamedTuple):
+    """How a strip's bytes become weights: PTX, and what its results are still to be multiplied by.
 
-    Those of the high nibbles are in $2 and $3. Each register holds two levels, the earlier one in
-    its low half. `dtype` is bfloat16 or float16.
+    The text is empty for 8-bit codes, which need none.
     """
-    low_bytes, high_bytes = _byte_words(levels, dtype)
-    lines = [
-        ".reg .b32 digits0, digits1, choice0, choice1, small, large, low0, low1, high0, high1;",
-        "and.b32 digits0, $4, 0x77777777;",
-        "shr.u32 choice0, $4, 1;",
-        # digit i of the choice is i, plus 4 where code i is 8 or more
-        "lop3.b32 choice0, choice0, 0x44444444, 0x32103210, 0xea;",
-        "shr.u32 digits1, digits0, 16;",
-        "shr.u32 choice1, choice0, 16;",
+
+    ptx: str
+    unit: float
+
+
+def decoder(levels: Sequence[float], dtype: torch.dtype) -> Decoder:
+    """The cheapest text for these levels; `dtype` is bfloat16 or float16."""
+    if not levels:
+        # kernels make 128ths of 8-bit codes
+        return Decoder("", 128 / 127)
+    step, zero_code = even_step(levels)
+    if len(levels) == 16 and step:
+        return Decoder(even_ptx(zero_code, dtype), 8 * step)
+    return Decoder(lookup_ptx(levels, dtype), 1.0)
+
+
+def even_step(levels: Sequence[float]) -> tuple[float, int]:
+    """The step of ascending levels of equal distance, and the code of their zero; else 0 and 0."""
+    step = (levels[-1] - levels[0]) / (len(levels) - 1)
+    if 0.0 not in levels or step <= 0:
+        return 0.0, 0
+    zero_code = levels.index(0.0)
+    offs = [abs(level / step - (code - zero_code)) for code, level in enumerate(levels)]
+    # levels may have been rounded to float32
+    return (step, zero_code) if max(offs) < 1e-5 else (0.0, 0)
+
+
+def even_ptx(zero_code: int, dtype: torch.dtype) -> str:
+    """PTX that turns four bytes of 4-bit codes into eighths, (code - `zero_code`) / 8.
+
+    Registers as in `lookup_ptx`. Eighths rather than integers keep the scales, which are multiplied
+    by the rest, clear of the subnormal numbers of float16.
+    """
+    high_byte, number = ONES[dtype]
+    kind = "bf16x2" if dtype == torch.bfloat16 else "f16x2"
+    both = [
+        int(torch.tensor(value, dtype=dtype).view(torch.int16)) & 0xFFFF
+        for value in (1 / 8, -(number + zero_code) / 8)
     ]
-    for half in (0, 1):
-        for name, words in (("low", low_bytes), ("high", high_bytes)):
-            lines += [
-                f"prmt.b32 small, {words[0]}, {words[1]}, digits{half};",
-                f"prmt.b32 large, {words[2]}, {words[3]}, digits{half};",
-                f"prmt.b32 {name}{half}, small, large, choice{half};",
-            ]
-    for register, codes in enumerate((*LOW_PLANE, *HIGH_PLANE)):
-        lines.append(_join_bytes(register, *codes))
+    eighth, offset = (f"0x{value << 16 | value:08x}" for value in both)
+    lines = [
+        ".reg .b32 low, high, eighth, offset;",
+        "and.b32 low, $4, 0x0f0f0f0f;",
+        "shr.u32 high, $4, 4;",
+        "and.b32 high, high, 0x0f0f0f0f;",
+        f"mov.b32 eighth, {eighth};",
+        f"mov.b32 offset, {offset};",
+    ]
+    for register, source in enumerate(("low", "low", "high", "high")):
+        selector = 0x4140 if register % 2 == 0 else 0x4342
+        lines += [
+            f"prmt.b32 ${register}, {source}, 0x{high_byte:02x}, 0x{selector:04x};",
+            f"fma.rn.{kind} ${register}, ${register}, eighth, offset;",
+        ]
     return "{\n" + "\n".join(lines) + "\n}"
 
 
+def lookup_ptx(levels: Sequence[float], dtype: torch.dtype) -> str:
+    """PTX that turns four storage bytes into 16-bit levels of the codes in them.
+
+    Registers $0 and $1 are the levels of the tile's first segment, $2 and $3 of its second, and so
+    on; each holds two levels, the earlier one in its low half. The input follows them. For 3 bits
+    that is the bytes of the low bits, then those of the high bits, then how far these are to be
+    shifted right. `dtype` is bfloat16 or float16.
+    """
+    bits = code_bits(levels)
+    low_bytes, high_bytes = _byte_words(levels, dtype)
+    stored = 2 * STRIP_SEGMENTS[bits]
+    lines = [REGISTERS]
+    if bits == 3:
+        lines.append(f"shr.u32 plane, ${stored + 1}, ${stored + 2};")
+    for even, odd in WORDS[bits]:
+        lines += _digits(bits, f"${stored}", even, odd)
+        for half in (0, 1):
+            lines += _choose(f"low{half}", low_bytes, half)
+            lines += _choose(f"high{half}", high_bytes, half)
+            lines += [_join_bytes(2 * even + half, half, 0), _join_bytes(2 * odd + half, half, 1)]
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+def _digits(bits: int, stored: str, even: int, odd: int) -> list[str]:
+    """Digits of 0 to 7 for two segments: of two bytes in `digits0`, of the others in `digits1`."""
+    if bits == 4:
+        lines = [
+            f"and.b32 digits0, {stored}, 0x77777777;",
+            f"shr.u32 choice0, {stored}, 1;",
+            # digit i of the choice is i, plus 4 where code i is 8 or more
+            "lop3.b32 choice0, choice0, 0x44444444, 0x32103210, 0xea;",
+            "shr.u32 choice1, choice0, 16;",
+        ]
+    else:
+        lines = [f"shr.u32 digits0, {stored}, {2 * even};"] if even else []
+        lines += [f"and.b32 digits0, {'digits0' if even else stored}, 0x33333333;"]
+    if bits == 3:
+        lines += [
+            f"shl.b32 even, plane, {2 - even};",
+            f"shl.b32 odd, plane, {6 - odd};",
+            # the bits of `even` where the mask has ones, of `odd` elsewhere
+            "lop3.b32 even, even, odd, 0x0f0f0f0f, 0xe4;",
+            "lop3.b32 digits0, even, 0x44444444, digits0, 0xea;",
+        ]
+    return [*lines, "shr.u32 digits1, digits0, 16;"]
+
+
+def _choose(target: str, words: list[str], half: int) -> list[str]:
+    """One byte of the levels of four codes."""
+    if len(words) < 4:
+        return [f"prmt.b32 {target}, {words[0]}, {words[-1]}, digits{half};"]
+    return [
+        f"prmt.b32 small, {words[0]}, {words[1]}, digits{half};",
+        f"prmt.b32 large, {words[2]}, {words[3]}, digits{half};",
+        f"prmt.b32 {target}, small, large, choice{half};",
+    ]
+
+
 def _byte_words(levels: Sequence[float], dtype: torch.dtype) -> tuple[list[str], list[str]]:
-    """The low, and the high, bytes of the 16 levels as four hexadecimal words each."""
+    """The low, and the high, bytes of the levels as hexadecimal words of four."""
     halves = torch.tensor(levels, dtype=torch.float32).to(dtype).view(torch.int16).tolist()
     planes = (bytes(half >> shift & 0xFF for half in halves) for shift in (0, 8))
     low, high = (
-        [f"0x{int.from_bytes(plane[at : at + 4], 'little'):08x}" for at in range(0, 16, 4)]
+        [f"0x{int.from_bytes(plane[at : at + 4], 'little'):08x}" for at in range(0, len(levels), 4)]
         for plane in planes
     )
     return low, high
 
 
-def _join_bytes(register: int, first: int, second: int) -> str:
-    """The instruction that joins the bytes of two codes of one half word in an output register."""
-    half = first // 4
-    digits = (first % 4, first % 4 + 4, second % 4, second % 4 + 4)
-    selector = sum(digit << 4 * i for i, digit in enumerate(digits))
+def _join_bytes(register: int, half: int, digit: int) -> str:
+    """The instruction that joins the bytes of the codes `digit` and `digit` + 2 of a half word."""
+    digits = (digit, digit + 4, digit + 2, digit + 6)
+    selector = sum(place << 4 * i for i, place in enumerate(digits))
     return f"prmt.b32 ${register}, low{half}, high{half}, 0x{selector:04x};"

@@ -24,3 +24,10 @@ def scratch(role: str, numel: int, dtype: torch.dtype) -> Tensor:
             kept = torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
         setattr(_buffers, role, kept)
     return kept[:num_bytes].view(dtype)
+
+
+def scratch_like(shape_of: Tensor, role: str, dtype: torch.dtype) -> Tensor:
+    """An uninitialized buffer in the shape of a tensor; on the CPU the next call reuses it."""
+    if shape_of.device.type != "cpu":
+        return torch.empty_like(shape_of, dtype=dtype)
+    return scratch(role, shape_of.numel(), dtype).view(shape_of.shape)

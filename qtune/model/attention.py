@@ -1,17 +1,20 @@
 """Causal attention over samples that lie end to end in a single row, none seeing another.
 
 Batches are rows without padding: `position_ids` restart at every sample, and `sample_lengths` says
-how long each is. Only here, where positions meet, the samples are laid side by side and filled up
-to the longest; under a causal mask the filling is never seen. Where lengths differ too much for
-that, each sample gets its own call. On the CPU attention runs in float32: there PyTorch's bf16
-kernels take three times as long, mostly backward.
+how long each is. Where there is a kernel for such rows (qtune_kernels.attention), it gets them as
+they are. Elsewhere the samples are laid side by side and filled up to the longest for PyTorch's
+SDPA; under a causal mask the filling is never seen. Where lengths differ too much for that, each
+sample gets its own call. On the CPU SDPA runs in float32: there PyTorch's bf16 kernels take three
+times as long, mostly backward.
 
 Without `sample_lengths` (generation, ordinary padded batches) the call goes to transformers' SDPA
 path unchanged, masks and caches included. Models that do more across tokens than masked softmax
 attention (soft caps, sinks, chunks, convolutions, recurrence) keep their own code.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache, partial
 from typing import Any
 
@@ -22,11 +25,14 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from qtune_kernels import attention as kernels
+
 NAME = "qtune_packed"
 # most positions of the boxes laid side by side, over the tokens there are
 MOST_FILLING = 1.5
 # what the layers of a model may be for packed rows to be exact
 KINDS = {"full_attention", "sliding_attention"}
+_meta_stands_for = ContextVar("_meta_stands_for", default="meta")
 
 
 def packed_attention(
@@ -46,16 +52,41 @@ def packed_attention(
     if sample_lengths is None:
         kwargs |= {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    call = partial(_causal, scale=scaling, dropout=dropout, window=sliding_window)
-    wide = torch.float32 if query.device.type == "cpu" else query.dtype
-    q, k, v = (t[0].transpose(0, 1).to(wide) for t in (query, key, value))  # [T, H, D]
-    sizes = list(sample_lengths)
+    # [T, H, D]; squeezing has a cheaper gradient than indexing
+    q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
+    sizes, scale = list(sample_lengths), query.shape[-1] ** -0.5 if scaling is None else scaling
+    if dropout == 0 and kernels.is_fused(q, k, v, scale, _device_type(query)):
+        y, _ = kernels.packed_attention(q, k, v, sizes, scale, sliding_window or 0)
+    else:
+        y = _sdpa(q, k, v, sizes, scale=scale, dropout=dropout, window=sliding_window)
+    return y.unsqueeze(0), None
+
+
+@contextmanager
+def standing_for(device: str) -> Iterator[None]:
+    """Let tensors on `meta` stand for those on a device of that type, and go the way they would."""
+    before = _meta_stands_for.set(device)
+    try:
+        yield
+    finally:
+        _meta_stands_for.reset(before)
+
+
+def _device_type(tensor: Tensor) -> str:
+    return _meta_stands_for.get() if tensor.is_meta else tensor.device.type
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, sizes: list[int], **options: Any) -> Tensor:
+    """Attention [T, H, D] within samples of those sizes, by PyTorch."""
+    call, dtype = partial(_causal, **options), q.dtype
+    if _device_type(q) == "cpu":
+        q, k, v = (t.float() for t in (q, k, v))
     if max(sizes) * len(sizes) <= MOST_FILLING * sum(sizes):
         y = _side_by_side(call, q, k, v, sizes)
     else:
         parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
         y = torch.cat([_side_by_side(call, *part, [len(part[0])]) for part in parts])
-    return y.to(query.dtype).unsqueeze(0), None
+    return y.to(dtype)
 
 
 def _side_by_side(
@@ -84,7 +115,7 @@ def _places(sizes: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def _causal(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, dropout: float, window: int | None
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, dropout: float, window: int | None
 ) -> Tensor:
     """Causal attention [S, H, T, D], each query seeing at most `window` keys."""
     options: dict[str, Any] = {"is_causal": True}

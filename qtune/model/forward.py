@@ -1,5 +1,7 @@
 """The one way to call a causal LM on a Batch: logits at the supervised tokens and nowhere else.
 
+Or the hidden states there, for a loss that does not need the logits (`model/head.py`).
+
 A model that runs with `qtune_packed` attention sees the batch as the single row it is. Every other
 model (plain SDPA, flash, recurrent layers) gets one sample per row, filled up on the right: a
 causal model never sees what comes after, so this is right for all of them and leans on no model's
@@ -7,6 +9,8 @@ own detection of packed rows.
 """
 
 import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -29,8 +33,12 @@ MOST_DIVERGENCE = 0.1
 
 def forward_logits(model: nn.Module, batch: Batch) -> Tensor:
     """Logits [N, V] in the model's dtype; row n predicts `batch.targets[n]`. Gradients flow."""
-    inner = inner_model(model)
-    return _packed(model, inner, batch) if _packs(inner) else _one_per_row(model, inner, batch)
+    return _forward(model, batch, _logits_at)
+
+
+def forward_hidden(model: nn.Module, batch: Batch) -> Tensor:
+    """Last hidden states [N, I] of the base model; row n predicts `targets[n]`. Gradients flow."""
+    return _forward(model, batch, _hidden_at)
 
 
 def check_packing(model: nn.Module) -> None:
@@ -79,12 +87,17 @@ def takes_logits_to_keep(inner: nn.Module) -> bool:
     return "logits_to_keep" in inspect.signature(type(inner).forward).parameters
 
 
-def _packed(model: nn.Module, inner: PreTrainedModel, batch: Batch) -> Tensor:
+def _forward(model: nn.Module, batch: Batch, outputs_at: Callable[..., Tensor]) -> Tensor:
+    inner = inner_model(model)
+    if not _packs(inner):
+        return _one_per_row(model, inner, batch, outputs_at)
     separate = attention.packed_inputs(batch.position_ids, batch.lengths)
-    return _logits_at(model, inner, batch.predicts, input_ids=batch.input_ids, **separate)[0]
+    return outputs_at(model, inner, batch.predicts, input_ids=batch.input_ids, **separate)[0]
 
 
-def _one_per_row(model: nn.Module, inner: PreTrainedModel, batch: Batch) -> Tensor:
+def _one_per_row(
+    model: nn.Module, inner: PreTrainedModel, batch: Batch, outputs_at: Callable[..., Tensor]
+) -> Tensor:
     column = batch.position_ids[0]  # [T]
     lengths = column.new_tensor(batch.lengths)
     row = torch.repeat_interleave(lengths, output_size=len(column))  # [T]
@@ -92,8 +105,8 @@ def _one_per_row(model: nn.Module, inner: PreTrainedModel, batch: Batch) -> Tens
     live = torch.zeros_like(ids)
     ids[row, column], live[row, column] = batch.input_ids[0], 1
     columns, at = _distinct(column[batch.predicts], ids.shape[1])
-    logits = _logits_at(model, inner, columns, input_ids=ids, attention_mask=live, use_cache=False)
-    return logits[row[batch.predicts], at]
+    inputs = {"input_ids": ids, "attention_mask": live, "use_cache": False}
+    return outputs_at(model, inner, columns, **inputs)[row[batch.predicts], at]
 
 
 def _distinct(columns: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -112,6 +125,37 @@ def _logits_at(model: nn.Module, inner: nn.Module, columns: Tensor, **inputs: An
         return kept
     everywhere: Tensor = model(**inputs).logits
     return everywhere[:, columns]
+
+
+def _hidden_at(model: nn.Module, inner: PreTrainedModel, columns: Tensor, **inputs: Any) -> Tensor:
+    """Hidden states [S, len(columns), I].
+
+    The model is called from its outermost wrapper on, as for logits: wrappers for parallel training
+    prepare the backward pass there. Only what the innermost does is cut short.
+    """
+
+    def base_only(**given: Any) -> Tensor:
+        # wrappers pass on arguments of the whole model that nobody has set
+        given = {name: value for name, value in given.items() if value is not None}
+        hidden: Tensor = inner.base_model(**given)[0]
+        return hidden
+
+    with _forward_replaced(inner, base_only):
+        everywhere: Tensor = model(**inputs)
+    return everywhere[:, columns]
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """The module with another forward function for a while."""
+    own = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
 
 
 def _packs(inner: PreTrainedModel) -> bool:

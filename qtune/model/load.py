@@ -18,6 +18,7 @@ from transformers.utils import logging
 from qtune.errors import UserError
 from qtune.model import attention, lora, quantizer
 from qtune.model.folder import read_json
+from qtune.model.fused import fuse
 from qtune.quant.linear import QuantLinear
 from qtune.recipe import Lora, Quant
 
@@ -63,10 +64,16 @@ def load_base(
     model: PreTrainedModel
     model, info = loaded
     _check_complete(folder, info)
-    attention.use_packed(model)
+    make_ready(model)
     model.requires_grad_(False)
     model.config.use_cache = False
     return model
+
+
+def make_ready(model: PreTrainedModel) -> None:
+    """Let the model run qtune's attention and fused ops wherever they compute the same."""
+    attention.use_packed(model)
+    fuse(model)
 
 
 def add_adapter(model: PreTrainedModel, settings: Lora) -> PeftModel:

@@ -1,10 +1,10 @@
 """LoRA (arXiv 2106.09685) on a QuantLinear, inside PEFT's own layer class.
 
 PEFT finds this class through every LoraConfig, so adapters are made, saved, loaded, merged and
-swapped by PEFT as always. Where one plain adapter is active, forward and backward run as one
-autograd function: it keeps x, the R-wide product x A^T and codes, adds in place, and casts the
-small adapter matrices to the dtype of x instead of casting x to theirs. Everything else (DoRA,
-dropout in training, several adapters, a trained bias, autocast) takes PEFT's path.
+swapped by PEFT as always. Where one plain adapter is active (rsLoRA too: it only scales
+differently), the layer and its adapter run as one op, which casts the small adapter matrices to the
+dtype of x instead of casting x to theirs. Everything else (DoRA, dropout in training, several
+adapters, a trained bias, autocast) takes PEFT's path.
 """
 
 from collections.abc import Iterator
@@ -19,40 +19,10 @@ from torch import Tensor, nn
 
 from qtune.errors import UserError
 from qtune.quant.linear import TENSORS, QuantLinear
-from qtune_kernels.linear import linear_dx
+from qtune_kernels.lora import dense_lora_linear, lora_linear
 
 # starts that read the base weight, which PEFT can only do on a dense one
 READS_WEIGHT = ("pissa", "olora", "corda", "loftq", "mica", "orthogonal")
-
-
-class _LoraFunction(torch.autograd.Function):
-    """y = x W^T + b + scaling (x A^T) B^T with W in codes; gradients for x, A and B."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, a: Tensor, b: Tensor, scaling: float, base: QuantLinear
-    ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        y: Tensor = base(rows)
-        h = rows @ a.to(x.dtype).T
-        y.addmm_(h, b.to(x.dtype).T, alpha=scaling)
-        packed, scales = base.quant_weight
-        ctx.save_for_backward(x, a, b, h, packed, *scales)
-        ctx.scaling, ctx.levels, ctx.group_size = scaling, base.format.levels, base.group_size
-        return y.view(*x.shape[:-1], base.out_features)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, a, b, h, *weight = ctx.saved_tensors
-        rows, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-        dh = (dy @ b.to(dy.dtype)).mul_(ctx.scaling)  # [T, R]
-        da = (dh.T @ rows).to(a.dtype)
-        db = (dy.T @ h).mul_(ctx.scaling).to(b.dtype)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = linear_dx(dy, *weight, ctx.levels, ctx.group_size, rows.shape[1])
-            dx = dx.addmm_(dh, a.to(dy.dtype)).view_as(x)
-        return dx, da, db, None, None
 
 
 class QuantLoraLinear(PeftLoraLinear):
@@ -83,9 +53,18 @@ class QuantLoraLinear(PeftLoraLinear):
         name = self._only_plain_adapter()
         if name is None or args or kwargs or _autocasts(x):
             return super().forward(x, *args, **kwargs)
+        return self._fused(x, name)
+
+    def _fused(self, x: Tensor, name: str) -> Tensor:
+        base, scaling = self.quantized, float(self.scaling[name])
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        y: Tensor = _LoraFunction.apply(x, a, b, self.scaling[name], self.quantized)  # type: ignore[no-untyped-call]
-        return y
+        assert isinstance(a, Tensor) and isinstance(b, Tensor)
+        bias = None if base.bias is None else base.bias.to(x.dtype)
+        if base.dense is not None and base.dense.dtype == x.dtype:
+            return dense_lora_linear(x, base.dense, bias, a, b, scaling)
+        packed, scales = base.quant_weight
+        weight = packed, *scales, base.format.levels, base.group_size, base.out_features
+        return lora_linear(x, *weight, bias, a, b, scaling)
 
     def merged_weight(self, adapter_names: list[str] | None = None) -> Tensor:
         """Dequantized weight plus the adapters' updates, float32 [O, I]."""

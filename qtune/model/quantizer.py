@@ -24,6 +24,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qtune.errors import UserError
+from qtune.model.fused import fuse
 from qtune.quant.format import load_format
 from qtune.quant.linear import QuantLinear
 from qtune.quant.weight import check_group_size
@@ -93,6 +94,13 @@ class QtuneQuantizer(HfQuantizer):
         dtype = kwargs.get("dtype") or model.dtype
         for name, layer in targets.items():
             model.set_submodule(name, self._empty_layer(layer, dtype))
+
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **kwargs: Any
+    ) -> PreTrainedModel:
+        """The model with fused ops: whoever loads it computes the same bits."""
+        fuse(model)
+        return model
 
     def _empty_layer(self, layer: nn.Linear, dtype: torch.dtype) -> QuantLinear:
         config = self.quantization_config

@@ -14,11 +14,12 @@ from torch.nn.functional import pad
 from qtune.errors import UserError
 from qtune.quant.format import Format
 from qtune_kernels.dequantize import dequantize as dequantize_op
-from qtune_kernels.packing import RUN, pack, packed_bytes
+from qtune_kernels.packing import packed_bytes
+from qtune_kernels.quantize import encode, num_groups
 from qtune_kernels.scales import SCALE_GROUP, Scales, dequantize_scales, quantize_scales
 
 SMALLEST_GROUP = 16
-# weights quantized at a time: a few MiB in float32, which stays in the cache
+# weights whose scales are fitted at a time: a few MiB in float32, which stays in the cache
 SLICE = 1 << 19
 
 
@@ -32,18 +33,12 @@ class QuantWeight(NamedTuple):
 def quantize(weight: Tensor, fmt: Format, group_size: int) -> QuantWeight:
     """The quantized form of a weight of any shape and float dtype, nearest level by level."""
     flat = weight.detach().reshape(-1)
-    step = SLICE // max(group_size, RUN) * max(group_size, RUN)
+    step = -(-SLICE // group_size) * group_size
     slices = [flat[at : at + step] for at in range(0, flat.numel(), step)]
     fitted = torch.cat([fmt.fit(_groups(part, group_size)) for part in slices])
     scales = quantize_scales(fitted)
     used = dequantize_scales(scales) if fmt.encodes_stored_scales else fitted
-    packed = torch.cat(
-        [
-            pack(fmt.encode(_groups(part, group_size), own).view(-1)[: part.numel()], fmt.bits)
-            for part, own in zip(slices, used.split(step // group_size), strict=True)
-        ]
-    )
-    return QuantWeight(packed, scales)
+    return QuantWeight(encode(flat, used, fmt.levels, group_size), scales)
 
 
 def dequantize(
@@ -58,11 +53,11 @@ def dequantize(
 
 def storage_bytes(num_weights: int, fmt: Format, group_size: int) -> dict[str, int]:
     """Bytes of each stored tensor of a matrix with that many weights, without making it."""
-    num_groups = -(-num_weights // group_size)
+    num_scales = num_groups(num_weights, group_size)
     return {
         "weight": packed_bytes(num_weights, fmt.bits),
-        "scale_codes": num_groups,
-        "scale_scales": -(-num_groups // SCALE_GROUP) * 4,
+        "scale_codes": num_scales,
+        "scale_scales": num_groups(num_scales, SCALE_GROUP) * 4,
         "scale_offset": 4,
     }
 

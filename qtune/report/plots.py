@@ -28,6 +28,7 @@ SHADES = {
     "gradients": ("accent", 0.8),
     "optimizer": ("accent", 0.62),
     "activations": ("accent", 0.4),
+    "backward": ("accent", 0.31),
     "logits": ("accent", 0.22),
 }
 OTHER_SHADE = ("soft", 0.2)

@@ -25,7 +25,7 @@ from qtune.data.chat import Sample
 from qtune.data.collate import ROW_MULTIPLE, collate
 from qtune.data.order import micro_batches, rows_of_step, share
 from qtune.errors import UserError
-from qtune.memory import Peak
+from qtune.machine import Peak
 from qtune.progress import bar
 from qtune.recipe import Recipe
 from qtune.train import state as checkpoint

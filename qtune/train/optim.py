@@ -17,7 +17,8 @@ def adamw(parameters: Iterable[nn.Parameter], settings: Train) -> torch.optim.Op
         {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas)
+    # one pass over each adapter matrix where the plain loop makes eight
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
 
 
 def learning_rate(step: int, num_steps: int, settings: Train) -> float:

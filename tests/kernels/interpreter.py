@@ -119,7 +119,10 @@ def _inline_asm(
     pure: bool,
     pack: int,
 ) -> _Results:
-    """`pack` neighbouring elements make up 32-bit registers, of operands and of results."""
+    """`pack` neighbouring elements make up 32-bit registers, of operands and of results.
+
+    Operands are all of one shape by now; one of 32 bits takes `pack` registers.
+    """
     shape = operands[0].data.shape
     inputs: list[np.ndarray] = []
     for operand in operands:

@@ -41,6 +41,7 @@ class MachineCode:
 
     stack_bytes: int
     local_bytes: int
+    shared_bytes: int
     opcodes: dict[str, int]
     loop_opcodes: dict[str, int]
 
@@ -78,7 +79,8 @@ def count_opcodes(lines: list[str]) -> dict[str, int]:
     return dict(Counter(match[1] for line in lines if (match := OPCODE.match(line))))
 
 
-def _compile(request: Request) -> bytes:
+def _compile(request: Request) -> tuple[bytes, int]:
+    """The machine code, and the bytes of shared memory that a launch asks for."""
     import importlib
 
     import triton
@@ -87,10 +89,14 @@ def _compile(request: Request) -> bytes:
 
     kernel = getattr(importlib.import_module(request.module), request.kernel)
     signature, constants, attributes = {}, {}, {}
+    # what has a default and no type was left out
+    given = {each.name: each.default for each in kernel.params if each.has_default}
+    given = {name: default for name, default in given.items() if name not in request.pointers}
+    given |= request.constants
     for index, name in enumerate(kernel.arg_names):
-        if name in request.constants:
+        if name in given:
             signature[name] = "constexpr"
-            constants[(index,)] = request.constants[name]
+            constants[(index,)] = given[name]
         else:
             signature[name] = request.pointers.get(name, "i32")
             # what a launch finds out by itself: addresses and sizes are multiples of 16
@@ -102,10 +108,10 @@ def _compile(request: Request) -> bytes:
         "enable_fp_fusion": request.fusion,
     }
     compiled = triton.compile(source, target=GPUTarget("cuda", request.arch, 32), options=options)
-    return compiled.asm["cubin"]
+    return compiled.asm["cubin"], compiled.metadata.shared
 
 
-def _read(cubin: bytes) -> MachineCode:
+def _read(cubin: bytes, shared: int) -> MachineCode:
     import triton
 
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -116,7 +122,8 @@ def _read(cubin: bytes) -> MachineCode:
         listing = _output(tools / "nvdisasm", "-c", file.name).splitlines()
     stack, local = re.search(r"STACK:(\d+).*LOCAL:(\d+)", usage).groups()
     loop = longest_loop(listing)
-    return MachineCode(int(stack), int(local), count_opcodes(listing), count_opcodes(loop))
+    opcodes = count_opcodes(listing), count_opcodes(loop)
+    return MachineCode(int(stack), int(local), shared, *opcodes)
 
 
 def _output(*command: Path | str) -> str:
@@ -126,4 +133,4 @@ def _output(*command: Path | str) -> str:
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2] / "kernels"))
     requests = [Request(**fields) for fields in json.load(sys.stdin)]
-    print(json.dumps([asdict(_read(_compile(request))) for request in requests]))
+    print(json.dumps([asdict(_read(*_compile(request))) for request in requests]))

@@ -56,8 +56,36 @@ def any_of_three(first: Words, second: Words, third: Words, table: Words) -> Wor
     return result
 
 
+def multiply_add_bf16(first: Words, second: Words, third: Words) -> Words:
+    """`fma.rn.bf16x2`: halves as bfloat16; products and sums that need no rounding only."""
+
+    def halves(words: Words) -> list[np.ndarray]:
+        words = np.asarray(words, np.uint32)
+        low, high = words << np.uint32(16), words & np.uint32(0xFFFF0000)
+        return [low.view(np.float32), high.view(np.float32)]
+
+    parts = [halves(words) for words in (first, second, third)]
+    low, high = (a * b + c for a, b, c in zip(*parts, strict=True))
+    exact = [np.asarray(part, np.float32).view(np.uint32) for part in (low, high)]
+    assert not any(np.any(part & np.uint32(0xFFFF)) for part in exact)
+    return exact[1] | exact[0] >> np.uint32(16)
+
+
+def multiply_add_fp16(first: Words, second: Words, third: Words) -> Words:
+    """`fma.rn.f16x2`: halves as float16; products that need no rounding only."""
+    first, second, third = (
+        np.ascontiguousarray(np.broadcast_to(words, np.shape(first)), np.uint32).view(np.float16)
+        for words in (first, second, third)
+    )
+    return (first * second + third).view(np.uint32)
+
+
 INSTRUCTIONS: dict[str, Callable[..., Words]] = {
     "and.b32": operator.and_,
+    "fma.rn.bf16x2": multiply_add_bf16,
+    "fma.rn.f16x2": multiply_add_fp16,
+    "mov.b32": lambda word: word,
+    "shl.b32": operator.lshift,
     "shr.u32": operator.rshift,
     "lop3.b32": any_of_three,
     "prmt.b32": permute_bytes,

@@ -1,4 +1,4 @@
-"""Random quantized matrices for the kernels' tests, and the code book of NF4."""
+"""Random quantized matrices for the kernels' tests, and code books of 4, 3 and 2 bits."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qtune_kernels.packing import pack
+from qtune_kernels.packing import code_bits, pack
 from qtune_kernels.scales import Scales, dequantize_scales, quantize_scales
 
 # arXiv 2305.14314, appendix E, as float32
@@ -28,6 +28,10 @@ NF4 = (
     0.7229568362236023,
     1.0,
 )
+# without order or symmetry, to show any mix-up
+THREE_BITS = (-1.0, 0.3, -0.55, 0.0, 0.125, -0.2, 0.81, 1.0)
+TWO_BITS = (0.35, -1.0, 1.0, -0.1)
+TABLES = {"nf4": NF4, "3 bits": THREE_BITS, "2 bits": TWO_BITS, "8 bits": ()}
 
 
 class Sample(NamedTuple):
@@ -55,10 +59,10 @@ def sample(
     largest: float = 0.025,
     seed: int = 0,
 ) -> Sample:
-    """A matrix of random codes of 4 bits, or of 8 where `levels` is empty, up to `largest`."""
+    """A matrix of random codes, of 8 bits where `levels` is empty, with weights up to `largest`."""
     generator = torch.Generator().manual_seed(seed)
     num_weights = shape[0] * shape[1]
-    bits = 4 if levels else 8
+    bits = code_bits(levels)
     codes = torch.randint(0, 1 << bits, (num_weights,), generator=generator, dtype=torch.uint8)
     num_groups = -(-num_weights // group_size)
     spread = torch.rand(num_groups, generator=generator) * 0.8 + 0.2

@@ -2,9 +2,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from samples import NF4, Sample, error, sample
+from samples import TABLES, Sample, error, sample
 
-from qtune_kernels.dequantize import dequantize
+from qtune_kernels.dequantize import dequantize, plain_into, stored_weights
 from qtune_kernels.packing import from_bitsandbytes, to_bitsandbytes
 from qtune_kernels.scales import Scales
 
@@ -25,7 +25,7 @@ def nothing_is_compiled() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("levels", [NF4, ()], ids=["4 bits", "8 bits"])
+@pytest.mark.parametrize("levels", TABLES.values(), ids=TABLES.keys())
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("group_size", [16, 64, 256])
 def test_float32_weights_are_levels_times_scales(shape, levels, group_size) -> None:
@@ -36,8 +36,19 @@ def test_float32_weights_are_levels_times_scales(shape, levels, group_size) -> N
     )
 
 
+@pytest.mark.parametrize("levels", TABLES.values(), ids=TABLES.keys())
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("group_size", [16, 64, 256])
+def test_plain_pytorch_needs_no_kernel_for_the_processor(shape, levels, group_size) -> None:
+    made = sample(shape, levels, group_size)
+    flat = torch.full((stored_weights(made.packed, levels),), torch.nan)
+    plain_into(flat, made.packed, made.scales, levels, group_size)
+    weights = flat[: made.weights.numel()].view(shape)
+    torch.testing.assert_close(weights.double(), made.weights, rtol=2e-7, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("levels", [NF4, ()], ids=["4 bits", "8 bits"])
+@pytest.mark.parametrize("levels", TABLES.values(), ids=TABLES.keys())
 def test_16_bit_weights_are_the_float32_ones_rounded(levels, dtype) -> None:
     made = sample((13, 200), levels, 32)
     assert torch.equal(decode(made, dtype), decode(made, torch.float32).to(dtype))
@@ -73,7 +84,7 @@ def test_inference_mode_leaves_no_trace() -> None:
     assert error(decode(made, torch.float32), made.weights) < 1e-6
 
 
-@pytest.mark.parametrize("levels", [NF4, ()], ids=["4 bits", "8 bits"])
+@pytest.mark.parametrize("levels", TABLES.values(), ids=TABLES.keys())
 def test_the_op_keeps_the_rules_of_torch(levels) -> None:
     made = sample((6, 128), levels)
     arguments = (made.packed, *made.scales, list(levels), 64, 6, 128, torch.bfloat16)

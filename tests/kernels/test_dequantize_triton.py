@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from samples import NF4, sample
+from samples import NF4, TABLES, sample
 
 from qtune_kernels import dequantize as reference
 
@@ -11,10 +11,11 @@ triton_kernels = pytest.importorskip("qtune_kernels.dequantize_triton")
 GUARD = 64
 
 
-@pytest.mark.parametrize("levels", [NF4, tuple(range(16)), ()], ids=["nf4", "integers", "8 bits"])
+@pytest.mark.parametrize("levels", TABLES.values(), ids=TABLES.keys())
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(
-    ("shape", "group_size"), [((1, 1), 64), ((7, 33), 16), ((41, 200), 32), ((33, 384), 256)]
+    ("shape", "group_size"),
+    [((1, 1), 64), ((7, 33), 16), ((41, 200), 32), ((33, 384), 256), ((5, 832), 64)],
 )
 def test_bits_are_those_of_the_reference(shape, group_size, dtype, levels, device) -> None:
     made = sample(shape, levels, group_size).to(device)
@@ -25,15 +26,16 @@ def test_bits_are_those_of_the_reference(shape, group_size, dtype, levels, devic
 
     stored = reference.stored_weights(made.packed, levels)
     truth = torch.empty(stored, dtype=dtype, device=device)
-    reference.dequantize_into(truth, made.packed, made.scales, levels, group_size)
+    reference.plain_into(truth, made.packed, made.scales, levels, group_size)
     assert torch.equal(inner, truth[:num_weights])
     assert out[:GUARD].isnan().all() and out[-GUARD:].isnan().all()
 
 
-def test_more_than_one_program_writes(device) -> None:
-    made = sample((3, triton_kernels.PROGRAM_WEIGHTS // 2 + 1)).to(device)
+@pytest.mark.parametrize("levels", TABLES.values(), ids=TABLES.keys())
+def test_more_than_one_program_writes(levels, device) -> None:
+    made = sample((3, triton_kernels.PROGRAM_WEIGHTS // 2 + 1), levels).to(device)
     out = torch.full((made.weights.numel(),), torch.nan, device=device)
-    triton_kernels.dequantize_into(out, made.packed, made.scales, NF4, 64)
+    triton_kernels.dequantize_into(out, made.packed, made.scales, levels, 64)
     torch.testing.assert_close(out.double(), made.weights.view(-1), rtol=2e-7, atol=0)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from samples import NF4, Sample, error, sample
+from samples import NF4, TABLES, Sample, error, sample
 
 from qtune_kernels.linear_tiles import Tile
 from qtune_kernels.lookup import lookup_ptx
@@ -15,7 +15,9 @@ kernels = pytest.importorskip("qtune_kernels.linear_triton")
 FEW = Tile(16, 32, warps=2, stages=2, few_rows=True)
 MANY = Tile(16, 32, warps=4, stages=2)
 DTYPES = [torch.bfloat16, torch.float16]
-BITS = pytest.mark.parametrize("levels", [NF4, ()], ids=["4 bits", "8 bits"])
+EVEN = tuple((code - 8) / 7 for code in range(16))
+LEVELS = TABLES | {"even": EVEN}
+BITS = pytest.mark.parametrize("levels", LEVELS.values(), ids=LEVELS.keys())
 GUARD = 256
 
 
@@ -50,7 +52,7 @@ def backward(made: Sample, dy: torch.Tensor, tile: Tile) -> torch.Tensor:
 @BITS
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tile", [FEW, MANY], ids=["few rows", "many rows"])
-@pytest.mark.parametrize("shape", [(45, 384), (32, 128), (7, 640)])
+@pytest.mark.parametrize("shape", [(45, 1024), (32, 512)])
 def test_outputs_are_as_exact_as_those_of_torch(shape, tile, dtype, levels, device) -> None:
     made = sample(shape, levels).to(device)
     x = inputs(5 if tile.few_rows else 19, shape[1], dtype, device)
@@ -61,7 +63,7 @@ def test_outputs_are_as_exact_as_those_of_torch(shape, tile, dtype, levels, devi
 
 @BITS
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(45, 384), (32, 128), (131, 256)])
+@pytest.mark.parametrize("shape", [(45, 1024), (131, 512)])
 def test_input_gradients_are_as_exact_as_those_of_torch(shape, dtype, levels, device) -> None:
     made = sample(shape, levels).to(device)
     dy = inputs(19, shape[0], dtype, device)
@@ -72,8 +74,8 @@ def test_input_gradients_are_as_exact_as_those_of_torch(shape, dtype, levels, de
 
 @BITS
 def test_small_weights_keep_their_precision(levels, device) -> None:
-    made = sample((32, 256), levels, largest=1e-3).to(device)
-    x, dy = (inputs(9, width, torch.float16, device) for width in (256, 32))
+    made = sample((32, 512), levels, largest=1e-3).to(device)
+    x, dy = (inputs(9, width, torch.float16, device) for width in (512, 32))
     forward_truth, backward_truth = x.double() @ made.weights.T, dy.double() @ made.weights
     plain = made.weights.half()
     assert error(forward(made, x, None, FEW), forward_truth) <= 2 * error(
@@ -85,10 +87,11 @@ def test_small_weights_keep_their_precision(levels, device) -> None:
     assert error(backward(made, dy, MANY), backward_truth) <= 2 * error(dy @ plain, backward_truth)
 
 
-@pytest.mark.parametrize("group_size", [128, 256])
-def test_groups_may_span_planes_and_rows(group_size: int, device) -> None:
-    made = sample((9, 384), NF4, group_size).to(device)
-    x, dy = (inputs(3, width, torch.float16, device) for width in (384, 9))
+@BITS
+@pytest.mark.parametrize("group_size", [128, 512])
+def test_groups_may_span_segments_and_rows(group_size: int, levels, device) -> None:
+    made = sample((9, 1024), levels, group_size).to(device)
+    x, dy = (inputs(3, width, torch.float16, device) for width in (1024, 9))
     assert error(forward(made, x, None, FEW), x.double() @ made.weights.T) < 1e-3
     assert error(forward(made, x, None, MANY), x.double() @ made.weights.T) < 1e-3
     assert error(backward(made, dy, MANY), dy.double() @ made.weights) < 1e-3
@@ -145,6 +148,9 @@ def test_each_part_is_written_in_its_place_and_nothing_beyond(name: str, device)
         5,
         steps_a_part,
         LOOKUP=lookup_ptx(NF4, torch.bfloat16),
+        BITS=4,
+        SEGMENTS=2,
+        STRIPS=1,
         GROUP=64,
         BLOCK_M=16,
         BLOCK_O=32,

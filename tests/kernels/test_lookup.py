@@ -1,10 +1,12 @@
+from collections.abc import Sequence
+
 import numpy as np
 import ptx_model
 import pytest
 import torch
-from samples import NF4
+from samples import NF4, THREE_BITS, TWO_BITS
 
-from qtune_kernels.lookup import lookup_ptx
+from qtune_kernels.lookup import decoder, even_ptx, even_step, lookup_ptx
 
 FP4 = (0, 0.005208333, 0.6666667, 1, 1 / 3, 0.5, 1 / 6, 0.25)
 TABLES = {
@@ -15,18 +17,93 @@ TABLES = {
 }
 
 
+def words(stored: np.ndarray) -> np.ndarray:
+    """Registers of four bytes each."""
+    return stored.view(np.uint32)[:, 0]
+
+
+def table(levels: Sequence[float], dtype: torch.dtype) -> np.ndarray:
+    return torch.tensor(levels, dtype=torch.float32).to(dtype).view(torch.int16).numpy()
+
+
+def run(levels: Sequence[float], dtype: torch.dtype, *inputs: np.ndarray) -> np.ndarray:
+    """The bits that the text gives, [lanes, segments, 4]."""
+    num_segments = 2 if len(levels) == 16 else 4
+    registers = ptx_model.run(lookup_ptx(levels, dtype), list(inputs), 2 * num_segments)
+    return np.stack(registers, 1).view(np.int16).reshape(-1, num_segments, 4)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("levels", TABLES.values(), ids=TABLES.keys())
 def test_nibbles_become_levels(levels, dtype) -> None:
     stored = np.random.default_rng(0).integers(0, 256, (5000, 4), dtype=np.uint8)
-    registers = ptx_model.run(lookup_ptx(levels, dtype), [stored.view(np.uint32)[:, 0]], 4)
-    table = torch.tensor(levels, dtype=torch.float32).to(dtype).view(torch.int16).numpy()
-    found = np.stack(registers, 1).view(np.int16)
-    assert np.array_equal(found[:, :4], table[stored & 15])
-    assert np.array_equal(found[:, 4:], table[stored >> 4])
+    found = run(levels, dtype, words(stored))
+    assert np.array_equal(found[:, 0], table(levels, dtype)[stored & 15])
+    assert np.array_equal(found[:, 1], table(levels, dtype)[stored >> 4])
 
 
-def test_eight_codes_cost_sixteen_permutations() -> None:
-    text = lookup_ptx(NF4, torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("levels", [TWO_BITS, (-1.5, -0.5, 0.5, 1.5)])
+def test_two_bits_become_levels(levels, dtype) -> None:
+    stored = np.random.default_rng(0).integers(0, 256, (5000, 4), dtype=np.uint8)
+    found = run(levels, dtype, words(stored))
+    for segment in range(4):
+        expected = table(levels, dtype)[stored >> 2 * segment & 3]
+        assert np.array_equal(found[:, segment], expected)
+
+
+@pytest.mark.parametrize("shift", [0, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("levels", [THREE_BITS, tuple(range(-4, 4))])
+def test_two_bits_and_a_high_one_become_levels(levels, dtype, shift: int) -> None:
+    low, high = np.random.default_rng(0).integers(0, 256, (2, 5000, 4), dtype=np.uint8)
+    shifts = np.full(5000, shift, np.uint32)
+    found = run(levels, dtype, words(low), words(high), shifts)
+    for segment in range(4):
+        code = low >> 2 * segment & 3 | (high >> shift + segment & 1) << 2
+        assert np.array_equal(found[:, segment], table(levels, dtype)[code])
+
+
+@pytest.mark.parametrize(
+    ("levels", "others"), [(NF4, 5), (THREE_BITS, 14), (TWO_BITS, 5)], ids=["4", "3", "2"]
+)
+def test_a_word_costs_sixteen_permutations(levels, others: int) -> None:
+    text = lookup_ptx(levels, torch.bfloat16)
     assert text.count("prmt.b32") == 16
-    assert text.count(";") - 1 == 16 + 5
+    assert text.count(";") - text.count(".reg") == 16 + others
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("zero_code", [0, 7, 8, 15])
+def test_even_codes_become_eighths(zero_code: int, dtype: torch.dtype) -> None:
+    stored = np.random.default_rng(0).integers(0, 256, (5000, 4), dtype=np.uint8)
+    registers = ptx_model.run(even_ptx(zero_code, dtype), [words(stored)], 4)
+    found = np.stack(registers, 1).view(np.int16).reshape(-1, 2, 4)
+    eighths = table([(code - zero_code) / 8 for code in range(16)], dtype)
+    assert np.array_equal(found[:, 0], eighths[stored & 15])
+    assert np.array_equal(found[:, 1], eighths[stored >> 4])
+
+
+@pytest.mark.parametrize("divisor", [7, 8, 7.5])
+def test_even_levels_need_no_table(divisor: float) -> None:
+    levels = torch.tensor([(code - 8) / divisor for code in range(16)]).tolist()
+    step, zero_code = even_step(levels)
+    assert zero_code == 8
+    assert step == pytest.approx(1 / divisor, rel=1e-6)
+    assert decoder(levels, torch.bfloat16) == (even_ptx(8, torch.bfloat16), 8 * step)
+
+
+@pytest.mark.parametrize(
+    "levels",
+    [NF4, TABLES["fp4"], tuple(range(16, 0, -1)), tuple(code + 0.5 for code in range(-8, 8))],
+    ids=["nf4", "fp4", "descending", "no zero"],
+)
+def test_other_levels_are_looked_up(levels) -> None:
+    assert even_step(levels) == (0.0, 0)
+    assert decoder(levels, torch.float16) == (lookup_ptx(levels, torch.float16), 1.0)
+
+
+def test_fewer_bits_are_looked_up_and_more_need_no_text() -> None:
+    for levels in (THREE_BITS, TWO_BITS, (-1.0, 0.0, 1.0, 2.0)):
+        assert decoder(levels, torch.bfloat16) == (lookup_ptx(levels, torch.bfloat16), 1.0)
+    assert decoder((), torch.bfloat16) == ("", 128 / 127)

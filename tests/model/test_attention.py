@@ -5,12 +5,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from qtune.model import attention
 from qtune.model.attention import packed_attention, packed_inputs, use_packed
+from qtune_kernels.cpu import tiles
 
 LENGTHS = {
     "even": (5, 5, 5),
@@ -38,9 +40,11 @@ def registered() -> None:
     attention.register()
 
 
-def inputs(lengths: tuple[int, ...], kv_heads: int, dtype: torch.dtype) -> list[Tensor]:
+def inputs(
+    lengths: tuple[int, ...], kv_heads: int, dtype: torch.dtype, width: int = 16
+) -> list[Tensor]:
     generator = torch.Generator().manual_seed(sum(lengths))
-    shapes = [(1, heads, sum(lengths), 16) for heads in (4, kv_heads, kv_heads)]
+    shapes = [(1, heads, sum(lengths), width) for heads in (4, kv_heads, kv_heads)]
     return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
 
 
@@ -75,10 +79,13 @@ def test_samples_apart_against_float64(
         torch.testing.assert_close(ours, theirs, atol=5e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("width", [16, 32])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-def test_no_less_exact_than_sdpa_in_16_bits(lengths: tuple[int, ...], dtype: torch.dtype) -> None:
-    q, k, v = inputs(lengths, 2, dtype)
+def test_no_less_exact_than_sdpa_in_16_bits(
+    lengths: tuple[int, ...], dtype: torch.dtype, width: int
+) -> None:
+    q, k, v = inputs(lengths, 2, dtype, width)
     y, _ = packed_attention(nn.Module(), q, k, v, None, sample_lengths=lengths, scaling=0.25)
     assert y.dtype == dtype
     plain = nn.functional.scaled_dot_product_attention
@@ -107,6 +114,70 @@ def test_dropout_is_applied() -> None:
     dropped, _ = packed_attention(nn.Module(), q, k, v, None, sample_lengths=(8, 8), dropout=0.5)
     kept, _ = packed_attention(nn.Module(), q, k, v, None, sample_lengths=(8, 8), dropout=0.0)
     assert not torch.allclose(dropped, kept)
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Grows with each call of the op."""
+    calls, op = [], attention.kernels.packed_attention
+
+    def spy(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return op(*arguments)
+
+    monkeypatch.setattr(attention.kernels, "packed_attention", spy)
+    return calls
+
+
+needs_amx = pytest.mark.skipif(not tiles.available(), reason="this processor has no AMX")
+
+
+@needs_amx
+@pytest.mark.parametrize("window", [None, 3])
+def test_rows_that_a_kernel_takes_get_to_it(kernel_calls: list[Any], window: int | None) -> None:
+    lengths = LENGTHS["similar"]
+    q, k, v = inputs(lengths, 2, torch.bfloat16, 32)
+    settings = {"sample_lengths": lengths, "scaling": 0.25, "sliding_window": window}
+    y, _ = packed_attention(nn.Module(), q, k, v, None, **settings)
+    assert len(kernel_calls) == 1
+    dy = torch.randn(y.shape).bfloat16()
+    wide = [tensor.detach().float().requires_grad_() for tensor in (q, k, v)]
+    right, _ = packed_attention(nn.Module(), *wide, None, **settings)
+    assert len(kernel_calls) == 1
+    ours = [y, *torch.autograd.grad(y, (q, k, v), dy)]
+    theirs = [right, *torch.autograd.grad(right, wide, dy.float())]
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.dtype == torch.bfloat16
+        assert (one - other).norm() < 0.005 * other.norm()
+
+
+@needs_amx
+def test_dropout_and_devices_without_a_kernel_take_sdpa(kernel_calls: list[Any]) -> None:
+    q, k, v = inputs((8, 8), 4, torch.bfloat16, 32)
+    packed_attention(nn.Module(), q, k, v, None, sample_lengths=(8, 8), dropout=0.5)
+    q, k, v = (tensor.to("meta") for tensor in (q, k, v))
+    with attention.standing_for("cuda"):
+        packed_attention(nn.Module(), q, k, v, None, sample_lengths=(8, 8))
+    assert not kernel_calls
+    with attention.standing_for("cpu"):
+        y, _ = packed_attention(nn.Module(), q, k, v, None, sample_lengths=(8, 8))
+    assert len(kernel_calls) == 1 and y.is_meta and y.shape == (1, 16, 4, 32)
+
+
+def test_on_meta_sdpa_works_in_the_dtype_of_the_device() -> None:
+    shape, seen = (1, 4, 8, 16), []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            if func is nn.functional.scaled_dot_product_attention:
+                seen.append(args[0].dtype)
+            return func(*args, **(kwargs or {}))
+
+    q, k, v = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for _ in range(3))
+    for device in ("cpu", "cuda"):
+        with attention.standing_for(device), Watch():
+            packed_attention(nn.Module(), q, k, v, None, sample_lengths=(8,))
+    assert seen == [torch.float32, torch.bfloat16]
 
 
 def test_without_lengths_it_is_transformers_sdpa() -> None:

@@ -1,13 +1,15 @@
-"""forward_logits against each sample run alone, through transformers' own defaults."""
+"""What comes out of a batch against each sample run alone, through transformers' own defaults."""
 
 import copy
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -18,6 +20,7 @@ from qtune.errors import UserError
 from qtune.model import attention
 from qtune.model.forward import (
     check_packing,
+    forward_hidden,
     forward_logits,
     inner_model,
     takes_logits_to_keep,
@@ -104,6 +107,14 @@ def test_samples_do_not_see_each_other(family: str, implementation: str) -> None
     close(forward_logits(build(family, settings, implementation), collate(parts)), expected)
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", attention.NAME])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_hidden_states_are_those_that_make_the_logits(family: str, implementation: str) -> None:
+    model, parts = build(family, FAMILIES[family], implementation), samples()
+    hidden = forward_hidden(model, collate(parts))
+    close(model.get_output_embeddings()(hidden), alone(model, parts))
+
+
 def test_a_packed_row_run_plainly_is_not_the_truth() -> None:
     # what the tests above would miss if the random model hardly looked at other tokens
     model, parts = build("llama", SMALL, "sdpa"), samples()
@@ -169,7 +180,52 @@ def test_wrapped_models(implementation: str) -> None:
     assert inner_model(tuned) is tuned.base_model.model
     # a fresh adapter changes nothing
     torch.testing.assert_close(forward_logits(tuned, batch), expected)
+    assert torch.equal(forward_hidden(tuned, batch), forward_hidden(plain, batch))
     assert inner_model(torch.compile(plain)) is plain
+
+
+def test_the_model_has_its_own_forward_again_even_after_an_error() -> None:
+    model, batch = build("llama", SMALL, "sdpa"), collate(samples())
+    expected = forward_logits(model, batch)
+    forward_hidden(model, batch)
+    assert torch.equal(forward_logits(model, batch), expected)
+    norm, model.model.norm = model.model.norm, None
+    with pytest.raises(TypeError):
+        forward_hidden(model, batch)
+    model.model.norm = norm
+    assert torch.equal(forward_logits(model, batch), expected)
+    # such as accelerate puts in
+    model.forward = own = functools.partial(type(model).forward, model)
+    forward_hidden(model, batch)
+    assert model.forward is own
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("forward", [forward_logits, forward_hidden])
+def test_gradients_pass_through_the_hooks_of_parallel_training(
+    forward: Callable[[nn.Module, Batch], Tensor],
+) -> None:
+    model = build("llama", SMALL, attention.NAME).requires_grad_(False)
+    model.model.layers.requires_grad_(True)
+    wrapped = DistributedDataParallel(model)
+    seen = []
+
+    def hook(_: object, bucket: distributed.GradBucket) -> torch.futures.Future[Tensor]:
+        seen.extend(bucket.parameters())
+        done: torch.futures.Future[Tensor] = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+
+    wrapped.register_comm_hook(None, hook)
+    forward(wrapped, collate(samples())).sum().backward()
+    assert len(seen) == len(list(model.model.layers.parameters()))
 
 
 PACKING = ["llama", "qwen3", "mistral", "gpt_neox", "gpt2"]

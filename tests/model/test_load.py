@@ -20,7 +20,7 @@ from qtune.model.load import add_adapter, load_base, load_tokenizer, register
 from qtune.model.lora import QuantLoraLinear
 from qtune.quant.linear import QuantLinear
 from qtune.recipe import Lora, Quant
-from qtune.train.cross_entropy import summed_cross_entropy
+from qtune_kernels.cross_entropy import summed_cross_entropy
 
 CPU = torch.device("cpu")
 SMALL: dict[str, Any] = {

@@ -21,6 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from qtune.errors import UserError
 from qtune.model import load, quantizer
+from qtune.model.fused import fuse
 from qtune.model.quantizer import QtuneConfig, quantized_on_meta
 from qtune.quant.format import format_names
 from qtune.quant.linear import TENSORS, QuantLinear
@@ -81,6 +82,7 @@ def test_packs_what_from_linear_packs(tmp_path: Path, family: str, name: str) ->
         for key, tensor in expected.state_dict().items():
             assert torch.equal(layer.state_dict()[key], tensor), (layer_name, key)
         dense.set_submodule(layer_name, expected)
+    fuse(dense)
     assert torch.equal(logits(model), logits(dense))
 
 
@@ -256,11 +258,11 @@ def anonymous():
 
 from qtune.quant import weight
 most = [0]
-plain = weight.pack
+plain = weight.encode
 def watched(*args):
     most[0] = max(most[0], anonymous())
     return plain(*args)
-weight.pack = watched
+weight.encode = watched
 
 def load(folder):
     return AutoModelForCausalLM.from_pretrained(

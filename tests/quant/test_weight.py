@@ -76,6 +76,17 @@ def test_slices_leave_no_seams(name: str, group_size: int, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_codes_are_those_of_the_format(name: str, shape: tuple[int, int]) -> None:
+    fmt, weight = load_format(name), random_weight(shape)
+    made = quantize(weight, fmt, 64)
+    groups = torch.nn.functional.pad(weight.flatten(), (0, -weight.numel() % 64)).view(-1, 64)
+    scales = dequantize_scales(made.scales) if fmt.encodes_stored_scales else fmt.fit(groups)
+    codes = fmt.encode(groups, scales).flatten()[: weight.numel()]
+    assert torch.equal(unpack(made.packed, fmt.bits, weight.numel()), codes)
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("group_size", [16, 64, 100, 128])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_storage_bytes_are_the_real_sizes(

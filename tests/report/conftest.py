@@ -18,6 +18,7 @@ MEMORY = {
     "gradients": 19_537_920,
     "optimizer": 39_075_840,
     "activations": 1_021_300_000,
+    "backward": 12_300_000,
     "logits": 312_400_000,
     "temporary": 1_769_472,
 }

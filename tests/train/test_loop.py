@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from qtune import recipe_yaml, run
 from qtune.data.order import rows_of_step
 from qtune.errors import UserError
-from qtune.memory import Peak
+from qtune.machine import Peak
 from qtune.model.load import add_adapter, load_base
 from qtune.run_folder import RunFolder
 from qtune.setup import open_setup

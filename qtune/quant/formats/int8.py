@@ -8,6 +8,8 @@ need.
 import torch
 from torch import Tensor
 
+from qtune_kernels.quantize import absmax
+
 
 class Int8:
     """The 8-bit integer format."""
@@ -19,7 +21,8 @@ class Int8:
 
     def fit(self, groups: Tensor) -> Tensor:
         """The largest magnitude of each group, float32 [...]."""
-        return groups.abs().amax(-1)
+        largest: Tensor = absmax(groups, groups.shape[-1])
+        return largest.view(groups.shape[:-1])
 
     def encode(self, groups: Tensor, scales: Tensor) -> Tensor:
         """Codes of the nearest integers, uint8 [..., G]; with scale 0 every code decodes to 0."""

@@ -7,6 +7,8 @@ bitsandbytes bit for bit, ties included: a value halfway between two levels take
 import torch
 from torch import Tensor
 
+from qtune_kernels.quantize import absmax
+
 # fmt: off
 LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -27,7 +29,8 @@ class Nf4:
 
     def fit(self, groups: Tensor) -> Tensor:
         """The largest magnitude of each group, float32 [...]."""
-        return groups.abs().amax(-1)
+        largest: Tensor = absmax(groups, groups.shape[-1])
+        return largest.view(groups.shape[:-1])
 
     def encode(self, groups: Tensor, scales: Tensor) -> Tensor:
         """Codes of the nearest levels, uint8 [..., G]; a group of zeros gets the code of 0."""

@@ -1,0 +1,234 @@
+"""Products with a matrix that is decoded into the cache and never exists in memory.
+
+out [T, N] = left [T, K] right [K, N] + left2 [T, 32] narrow [32, N], in bf16, summed in float32 by
+AMX. A thread decodes a panel of columns into tiles of its own (`tiles.py`), small enough for the
+second-level cache, and multiplies all rows with it: a weight is decoded once for each product. The
+second pair of factors is one more step of the same sums, so a LoRA adapter costs no pass over
+`out`.
+
+The right factors may lie as [N, K] (y = x W^T) or as [K, N] (dx = dy W). The first is of codes or
+of bf16; the second, of float32 and filled up with zeros to 32, may also stand in its place.
+"""
+
+from qtune_kernels.cpu import tiles
+from qtune_kernels.cpu.decode import Packed
+from qtune_kernels.cpu.jit import Integer, KernelCode, Number, Pointer, kernel
+from qtune_kernels.cpu.simd import BF16, F32, I16, I32, Code, Value, vector
+from qtune_kernels.cpu.stored import Bounded, Coded, Dense, Stored, to_bf16
+from qtune_kernels.cpu.tiles import DEPTH, ROW_BYTES, SIDE, TILE_BYTES
+
+# rows and columns of `out` made at a time, in four registers of sums
+BLOCK = 2 * SIDE
+SUMS, LEFT, RIGHT = (0, 1, 2, 3), (4, 5), (6, 7)
+WORDS, PAIRS = vector(I16, DEPTH), vector(I32)
+
+
+@kernel
+def multiply(
+    code: KernelCode,
+    out: Pointer,
+    out_stride: Integer,
+    num_rows: Integer,
+    num_columns: Integer,
+    depth: Integer,
+    left: Pointer,
+    left_stride: Integer,
+    left2: Pointer,
+    right: Pointer,
+    right_stride: Integer,
+    first: Integer,
+    narrow: Pointer,
+    narrow_rows: Integer,
+    narrow_columns: Integer,
+    narrow_factor: Number,
+    bias: Pointer,
+    scale_codes: Pointer,
+    scale_scales: Pointer,
+    scale_offset: Pointer,
+    scale_map: Pointer,
+    levels: Pointer,
+    panels: Pointer,
+    panel_bytes: Integer,
+    panel_blocks: Integer,
+    chunk_steps: Integer,
+    *,
+    kind: str,
+    bits: int,
+    group_size: int,
+    outputs_first: bool,
+    extended: bool,
+    biased: bool,
+    wide: bool,
+    accumulate: bool,
+    by_rows: bool,
+) -> None:
+    """At least 32 rows, columns and depth in multiples of 32.
+
+    Strides are in bytes, that of codes in weights; `depth` elements of a longer sum begin at
+    `first` of `right`, whose `kind` is codes, dense or narrow. `outputs_first` says that the right
+    factors lie as [N, K], `wide` that `out` is float32. `by_rows` shares rows among threads and not
+    columns.
+    """
+    bounded = Bounded(code, narrow, narrow_rows, narrow_columns, narrow_factor)
+    main: Stored = bounded
+    if kind == "dense":
+        main = Dense(code, right, right_stride)
+    elif kind == "codes":
+        scales = (scale_codes, scale_scales, scale_offset, scale_map)
+        packed = Packed(code, right, *scales, levels, bits=bits, group_size=group_size)
+        main = Coded(code, packed, right_stride)
+    parts: list[tuple[Stored, Value, Value]] = [(main, first, depth // DEPTH)]
+    if extended:
+        parts.append((bounded, code.integer(0), code.integer(1)))
+    panel = Panel(code, panels + code.worker * panel_bytes, depth // DEPTH + int(extended))
+    waiting = panel.tile(panel_blocks * 2, code.integer(0))
+    sums = Sums(
+        code, waiting, out, out_stride, bias if biased else None, wide=wide, accumulate=accumulate
+    )
+    tiles.configure(code)
+    row_blocks, column_blocks = (num_rows + (BLOCK - 1)) // BLOCK, num_columns // BLOCK
+    everything = code.integer(0)
+    rows = code.part(row_blocks) if by_rows else (everything, row_blocks)
+    columns = (everything, column_blocks) if by_rows else code.part(column_blocks)
+    with code.loop(columns[1], columns[0], panel_blocks) as begin:
+        width = code.smaller(columns[1] - begin, panel_blocks)
+        at = code.integer(0)
+        for stored, start, steps in parts:
+            # along the rows as they lie in memory
+            counts = (width, steps) if outputs_first else (steps, width)
+            with code.loop(counts[0]) as outer, code.loop(counts[1]) as inner:
+                block, step = (outer, inner) if outputs_first else (inner, outer)
+                k = start + step * DEPTH
+                panel.fill(stored, k, begin + block, at + step, block, outputs_first)
+            at = at + steps
+        with code.loop(rows[1], rows[0]) as block:
+            # the last rows are done as a full block, some of them for the second time
+            row = code.smaller(block * BLOCK, num_rows - BLOCK)
+            with code.loop(depth // DEPTH, 0, chunk_steps) as step, code.loop(width) as column:
+                sums.open(row, begin, column, step.equals(0))
+                stop = code.smaller(step + chunk_steps, depth // DEPTH)
+                factor = left + row * left_stride
+                with code.loop(stop, step) as now:
+                    _step(code, factor + now * ROW_BYTES, left_stride, panel, column, now)
+                last = stop.equals(depth // DEPTH)
+                if extended:
+                    with code.when(last):
+                        factor2 = left2 + row * ROW_BYTES
+                        _step(code, factor2, code.integer(ROW_BYTES), panel, column, stop)
+                sums.close(row, begin, column, last)
+    tiles.release(code)
+
+
+class Sums:
+    """The sums of a block, in registers; between chunks of a long sum they wait in the cache."""
+
+    def __init__(
+        self,
+        code: Code,
+        waiting: Value,
+        out: Value,
+        stride: Value,
+        bias: Value | None,
+        *,
+        wide: bool,
+        accumulate: bool,
+    ) -> None:
+        self._code, self._waiting, self._out, self._stride = code, waiting, out, stride
+        self._bias, self._wide, self._accumulate = bias, wide, accumulate
+        self._rounding = code.stack(4 * TILE_BYTES)
+
+    def open(self, row: Value, begin: Value, column: Value, first: Value) -> None:
+        """Start the sums of a block, or take up those of the chunk before."""
+        code = self._code
+        with code.when(first):
+            for tile in SUMS:
+                if self._accumulate:
+                    target = self._target(row, begin + column)
+                    tiles.load(code, tile, _corner(target, self._stride, tile), self._stride)
+                else:
+                    tiles.zero(code, tile)
+        with code.when(first.equals(0)):
+            for tile in SUMS:
+                address = self._waiting + column * (4 * TILE_BYTES) + TILE_BYTES * tile
+                tiles.load(code, tile, address, code.integer(ROW_BYTES))
+
+    def close(self, row: Value, begin: Value, column: Value, last: Value) -> None:
+        """Write the sums of a block to `out`, or put them aside for the next chunk."""
+        code = self._code
+        with code.when(last):
+            target = self._target(row, begin + column)
+            if self._wide:
+                for tile in SUMS:
+                    tiles.store(code, tile, _corner(target, self._stride, tile), self._stride)
+            else:
+                self._store_rounded(target, begin + column)
+        with code.when(last.equals(0)):
+            for tile in SUMS:
+                address = self._waiting + column * (4 * TILE_BYTES) + TILE_BYTES * tile
+                tiles.store(code, tile, address, code.integer(ROW_BYTES))
+
+    def _target(self, row: Value, column: Value) -> Value:
+        element = 4 if self._wide else 2
+        return self._out + row * self._stride + column * (BLOCK * element)
+
+    def _store_rounded(self, target: Value, column: Value) -> None:
+        code, row_bytes = self._code, self._code.integer(2 * ROW_BYTES)
+        for tile in SUMS:
+            tiles.store(code, tile, _corner(self._rounding, row_bytes, tile), row_bytes)
+        at = None if self._bias is None else self._bias + column * (2 * BLOCK)
+        bias = [code.read(at + ROW_BYTES // 2 * half, BF16) for half in range(2)] if at else []
+        for row in range(BLOCK):
+            place = self._rounding + 2 * row * ROW_BYTES
+            halves = [code.read(place + ROW_BYTES * half, F32) for half in range(2)]
+            if bias:
+                halves = [half + more for half, more in zip(halves, bias, strict=True)]
+            code.store(to_bf16(code, *halves), target + self._stride * row)
+
+
+class Panel:
+    """Columns of the right factor as tiles in the cache: [columns / 16, steps] of 1 KiB."""
+
+    def __init__(self, code: Code, start: Value, steps: Value) -> None:
+        self._code, self._start, self._steps = code, start, steps
+
+    def tile(self, column: Value, step: Value) -> Value:
+        """The address of a tile by its number among the columns and its step of the sum."""
+        return self._start + (column * self._steps + step) * TILE_BYTES
+
+    def fill(
+        self, stored: Stored, k: Value, column: Value, step: Value, block: Value, transposed: bool
+    ) -> None:
+        """Make the two tiles of a block of columns and one step of the sum."""
+        make = self._make_transposed if transposed else self._make
+        make(stored, k, column * BLOCK, [self.tile(block * 2 + half, step) for half in range(2)])
+
+    def _make(self, stored: Stored, k: Value, n: Value, targets: list[Value]) -> None:
+        """Two tiles of a matrix [K, N]: pairs of rows are interleaved."""
+        for pair in range(SIDE):
+            words = [stored.read(k + (2 * pair + odd), n).bits(WORDS) for odd in range(2)]
+            for half, target in enumerate(targets):
+                lanes = [SIDE * half + i // 2 + DEPTH * (i % 2) for i in range(DEPTH)]
+                self._code.store(words[0].shuffle(words[1], lanes), target + ROW_BYTES * pair)
+
+    def _make_transposed(self, stored: Stored, k: Value, n: Value, targets: list[Value]) -> None:
+        """Two tiles of a matrix that lies as [N, K]."""
+        for half, target in enumerate(targets):
+            rows = [stored.read(n + (SIDE * half + i), k).bits(PAIRS) for i in range(SIDE)]
+            for i, pairs in enumerate(tiles.transpose(rows)):
+                self._code.store(pairs, target + ROW_BYTES * i)
+
+
+def _step(code: Code, left: Value, stride: Value, panel: Panel, column: Value, step: Value) -> None:
+    """Thirty-two products more for each sum."""
+    for half, tile in enumerate(LEFT):
+        tiles.load(code, tile, left + stride * (SIDE * half), stride)
+    for half, tile in enumerate(RIGHT):
+        address = panel.tile(column * 2 + half, step)
+        tiles.load_passing(code, tile, address, code.integer(ROW_BYTES))
+    for tile in SUMS:
+        tiles.multiply(code, tile, LEFT[tile // 2], RIGHT[tile % 2])
+
+
+def _corner(target: Value, stride: Value, tile: int) -> Value:
+    """Where the sums of a register lie in a block of float32."""
+    return target + stride * (SIDE * (tile // 2)) + ROW_BYTES * (tile % 2)

@@ -1,0 +1,47 @@
+"""The matrix kernel's machine code: a step is eight instructions on tiles, and nothing is spilled.
+
+Its results are tested in test_product.py, which calls it as the ops do.
+"""
+
+import re
+
+import pytest
+
+from qtune_kernels.cpu import jit, tiles
+from qtune_kernels.cpu.gemm import multiply
+
+pytestmark = pytest.mark.skipif(not tiles.available(), reason="no AMX")
+
+CASE = {
+    "kind": "codes",
+    "bits": 4,
+    "group_size": 64,
+    "extended": True,
+    "biased": False,
+    "wide": False,
+    "accumulate": False,
+    "by_rows": True,
+}
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["forward", "backward"])
+def assembly(request: pytest.FixtureRequest) -> str:
+    return jit.assembly(multiply.text(outputs_first=request.param, **CASE))
+
+
+def test_the_loop_over_a_sum_does_nothing_but_load_and_multiply(assembly) -> None:
+    blocks = [block for block in re.split(r"\n\.LBB", assembly) if "tdpbf16ps" in block]
+    loops = [block for block in blocks if "zmm" not in block]
+    # unrolled, and what that leaves over; the step of the adapter goes straight on to rounding
+    assert len(loops) == 2 and len(blocks) == 3
+    assert all(block.count("tileload") == block.count("tdpbf16ps") for block in loops)
+
+
+def test_levels_are_looked_up_in_a_register(assembly) -> None:
+    # one look-up for 16 weights, from a table that stays in a register
+    assert re.search(r"vperm(d|ps)\t%zmm\d+, %zmm\d+, %zmm\d+", assembly)
+    assert "gather" not in assembly
+
+
+def test_bf16_is_rounded_by_the_processor(assembly) -> None:
+    assert "vcvtne2ps2bf16" in assembly

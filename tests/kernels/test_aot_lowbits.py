@@ -1,0 +1,86 @@
+"""Other levels than NF4's in the product for few rows, and quantizing, compiled for sm_90."""
+
+import pytest
+import torch
+from machine_code import MachineCode, Request, compile_all
+from samples import THREE_BITS, TWO_BITS
+
+from qtune_kernels.lookup import decoder
+from qtune_kernels.packing import SEGMENT, STRIP_SEGMENTS, TILE_SEGMENTS, code_bits
+from qtune_kernels.quantize_triton import PROGRAM_WEIGHTS
+
+SCALES = {"scale_codes_ptr": "*u8", "scale_offset_ptr": "*fp32", "scale_map_ptr": "*fp32"}
+SCALES |= {"scale_scales_ptr": "*fp32", "packed_ptr": "*u8"}
+TABLES = {"bounds_ptr": "*fp32", "steps_ptr": "*i32", "scales_ptr": "*fp32", "packed_ptr": "*u8"}
+INT4 = tuple((code - 8) / 7 for code in range(16))
+FEATURES = 64
+WARP = 32
+
+
+def few_rows(levels: tuple[float, ...], stages: int) -> Request:
+    bits = code_bits(levels)
+    text, unit = decoder(levels, torch.bfloat16)
+    constants = {
+        "bias_ptr": None,
+        "LOOKUP": text,
+        "UNIT": unit,
+        "BITS": bits,
+        "SEGMENTS": STRIP_SEGMENTS[bits],
+        "STRIPS": TILE_SEGMENTS[bits] // STRIP_SEGMENTS[bits],
+        "GROUP": 64,
+        "BLOCK_M": 8,
+        "BLOCK_O": FEATURES,
+    }
+    pointers = SCALES | {"x_ptr": "*bf16", "sums_ptr": "*fp32"}
+    module = "qtune_kernels.linear_triton"
+    return Request(module, "_few_rows_kernel", 90, constants, pointers, 2, stages, True)
+
+
+def encoder() -> Request:
+    units = PROGRAM_WEIGHTS // 2 // SEGMENT
+    constants = {"BITS": 4, "SEGMENTS": 2, "GROUP": 64, "UNIT": 64, "UNITS": units}
+    pointers = TABLES | {"weight_ptr": "*bf16"}
+    module = "qtune_kernels.quantize_triton"
+    return Request(module, "_encode_levels_kernel", 90, constants, pointers, 4, 3, False)
+
+
+# name -> request, weights in one pass of the loop (encode: in a program), instructions a weight
+CASES = {
+    "8 rows, INT4": (few_rows(INT4, 4), FEATURES * SEGMENT * TILE_SEGMENTS[4], 3.0),
+    "8 rows, 2 bits": (few_rows(TWO_BITS, 4), FEATURES * SEGMENT * TILE_SEGMENTS[2], 3.2),
+    "8 rows, 3 bits": (few_rows(THREE_BITS, 3), FEATURES * SEGMENT * TILE_SEGMENTS[3], 3.7),
+    "encode 4 bits": (encoder(), PROGRAM_WEIGHTS, 54),
+}
+FEW_ROWS = [case for case in CASES if "rows" in case]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, MachineCode]:
+    requests = [request for request, _, _ in CASES.values()]
+    codes = compile_all(requests, tmp_path_factory.mktemp("triton"))
+    return dict(zip(CASES, codes, strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_registers_are_not_spilled(case: str, compiled: dict[str, MachineCode]) -> None:
+    code = compiled[case]
+    assert (code.stack_bytes, code.local_bytes) == (0, 0)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_weight_costs_few_instructions(case: str, compiled: dict[str, MachineCode]) -> None:
+    request, num_weights, budget = CASES[case]
+    opcodes = compiled[case].loop_opcodes if case in FEW_ROWS else compiled[case].opcodes
+    instructions = sum(opcodes.values()) * request.warps * WARP / num_weights
+    # far fewer would mean that the loop was not found
+    assert budget / 2 < instructions <= budget
+
+
+@pytest.mark.parametrize("case", FEW_ROWS)
+def test_weights_are_decoded_where_tensor_cores_want_them(
+    case: str, compiled: dict[str, MachineCode]
+) -> None:
+    opcodes = compiled[case].loop_opcodes
+    assert "HMMA" in opcodes
+    # levels that went through shared memory would be stored there, 16 bytes a time
+    assert opcodes.get("STS", 0) <= 8

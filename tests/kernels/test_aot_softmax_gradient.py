@@ -1,0 +1,48 @@
+"""The softmax kernel compiled for sm_90: no spills, wide loads, few instructions a logit."""
+
+import pytest
+from machine_code import MachineCode, Request, compile_all
+
+from qtune_kernels.softmax_gradient_triton import BLOCK, WARPS
+
+MODULE = "qtune_kernels.softmax_gradient_triton"
+POINTERS = {"logits_ptr": "*bf16", "targets_ptr": "*i64", "losses_ptr": "*fp32"}
+
+
+def request(softcap: float | None) -> Request:
+    constants = {"SOFTCAP": softcap, "SCALE": 1.0, "GRADIENT": True, "BLOCK": BLOCK}
+    return Request(MODULE, "_softmax_kernel", 90, constants, POINTERS, WARPS, 3, True)
+
+
+# name -> request, instructions a logit in the first pass, the longer one
+CASES = {"plain": (request(None), 12.5), "soft-capped": (request(30.0), 22.0)}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, MachineCode]:
+    requests = [request for request, _ in CASES.values()]
+    codes = compile_all(requests, tmp_path_factory.mktemp("triton"))
+    return dict(zip(CASES, codes, strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_registers_are_not_spilled(case: str, compiled: dict[str, MachineCode]) -> None:
+    code = compiled[case]
+    assert (code.stack_bytes, code.local_bytes) == (0, 0)
+    assert not {"LDL", "STL"} & set(code.opcodes)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_logit_costs_few_instructions(case: str, compiled: dict[str, MachineCode]) -> None:
+    budget = CASES[case][1]
+    instructions = sum(compiled[case].loop_opcodes.values()) * WARPS * 32 / BLOCK
+    # far fewer would mean that the loop was not found
+    assert budget / 2 < instructions <= budget
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_neighbouring_logits_are_read_and_written_together(case, compiled) -> None:
+    # sixteen bytes at a time; the loss is written beside the gradient
+    at_once = BLOCK // (WARPS * 32) * 2 // 16
+    assert compiled[case].loop_opcodes["LDG"] == at_once
+    assert compiled[case].opcodes["STG"] == at_once + 1

@@ -1,0 +1,38 @@
+import psutil
+import pytest
+import torch
+
+from qtune import machine
+from qtune.machine import Peak, available_bytes
+
+CPU = torch.device("cpu")
+
+
+def test_peak_sees_what_is_gone_again():
+    peak = Peak(CPU)
+    size = 64 << 20
+    torch.ones(size, dtype=torch.uint8)
+    assert peak.bytes() > 0.9 * size
+
+
+def test_peak_without_help_from_the_system(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "CLEAR_REFS", tmp_path / "none")
+    monkeypatch.setattr(machine, "STATUS", tmp_path / "none")
+    peak = Peak(CPU)
+    held = torch.ones(64 << 20, dtype=torch.uint8)
+    assert peak.bytes() > 0.9 * held.nbytes
+
+
+def test_a_container_has_what_its_limit_leaves(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    found = available_bytes(CPU)
+    assert found == pytest.approx(psutil.virtual_memory().available, rel=0.2)
+    (tmp_path / "memory.max").write_text("10000\n")
+    (tmp_path / "memory.current").write_text("7000\n")
+    (tmp_path / "memory.stat").write_text("anon 5000\ninactive_file 2000\n")
+    assert available_bytes(CPU) == 5000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert available_bytes(CPU) == 2500
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_bytes(CPU) > 5000
