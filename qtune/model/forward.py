@@ -76,7 +76,10 @@ def _divergence(truth: Tensor, found: Tensor) -> Tensor:
 
 def inner_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside wrappers for parallel training, compilation and adapters."""
-    inner = extract_model_from_parallel(model, keep_torch_compile=False)
+    inner = model
+    # unwrapping goes through all modules in search of compiled ones
+    if not isinstance(model, (PeftModel, PreTrainedModel)):
+        inner = extract_model_from_parallel(model, keep_torch_compile=False)
     if isinstance(inner, PeftModel):
         inner = inner.get_base_model()
     return cast(PreTrainedModel, inner)

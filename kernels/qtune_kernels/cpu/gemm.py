@@ -81,7 +81,7 @@ def multiply(
     if extended:
         parts.append((bounded, code.integer(0), code.integer(1)))
     panel = Panel(code, panels + code.worker * panel_bytes, depth // DEPTH + int(extended))
-    waiting = panel.tile(panel_blocks * 2, code.integer(0))
+    waiting, _ = panel.tiles(panel_blocks, code.integer(0))
     sums = Sums(
         code, waiting, out, out_stride, bias if biased else None, wide=wide, accumulate=accumulate
     )
@@ -186,21 +186,22 @@ class Sums:
 
 
 class Panel:
-    """Columns of the right factor as tiles in the cache: [columns / 16, steps] of 1 KiB."""
+    """Columns of the right factor as tiles in the cache: [columns / 32, steps, 2] of 1 KiB."""
 
     def __init__(self, code: Code, start: Value, steps: Value) -> None:
         self._code, self._start, self._steps = code, start, steps
 
-    def tile(self, column: Value, step: Value) -> Value:
-        """The address of a tile by its number among the columns and its step of the sum."""
-        return self._start + (column * self._steps + step) * TILE_BYTES
+    def tiles(self, block: Value, step: Value) -> list[Value]:
+        """The addresses of a block's two tiles for one step; the next step's follow them."""
+        start = self._start + (block * self._steps + step) * (2 * TILE_BYTES)
+        return [start, start + TILE_BYTES]
 
     def fill(
         self, stored: Stored, k: Value, column: Value, step: Value, block: Value, transposed: bool
     ) -> None:
         """Make the two tiles of a block of columns and one step of the sum."""
         make = self._make_transposed if transposed else self._make
-        make(stored, k, column * BLOCK, [self.tile(block * 2 + half, step) for half in range(2)])
+        make(stored, k, column * BLOCK, self.tiles(block, step))
 
     def _make(self, stored: Stored, k: Value, n: Value, targets: list[Value]) -> None:
         """Two tiles of a matrix [K, N]: pairs of rows are interleaved."""
@@ -222,8 +223,7 @@ def _step(code: Code, left: Value, stride: Value, panel: Panel, column: Value, s
     """Thirty-two products more for each sum."""
     for half, tile in enumerate(LEFT):
         tiles.load(code, tile, left + stride * (SIDE * half), stride)
-    for half, tile in enumerate(RIGHT):
-        address = panel.tile(column * 2 + half, step)
+    for tile, address in zip(RIGHT, panel.tiles(column, step), strict=True):
         tiles.load_passing(code, tile, address, code.integer(ROW_BYTES))
     for tile in SUMS:
         tiles.multiply(code, tile, LEFT[tile // 2], RIGHT[tile % 2])

@@ -79,21 +79,23 @@ class Kernel:
         self.__doc__, self.__name__ = write.__doc__, write.__name__
         _, *parameters = inspect.signature(write).parameters.values()
         self._kinds = [p.annotation for p in parameters if p.kind is not p.KEYWORD_ONLY]
+        # what a call passes on: its arguments as 64-bit words, and the number of threads
+        letters = ["d" if kind is Number else "q" for kind in self._kinds]
+        self._words = struct.Struct("".join(letters) + "q")
         self._compiled: dict[tuple[Any, ...], int] = {}
 
     def __call__(self, *arguments: float, **fixed: Any) -> None:
         """Run on all of PyTorch's threads and return when they are done."""
-        function = self.address(**fixed)
         workers = team.num_workers()
-        words = [_bits(argument) for argument in arguments]
-        team.run(function, (ctypes.c_int64 * (len(words) + 1))(*words, workers), workers)
+        team.run(self.address(**fixed), self._words.pack(*arguments, workers), workers)
 
     def address(self, **fixed: Any) -> int:
         """Where its machine code lies for these fixed parameters, compiled if it was not yet."""
         key = tuple(fixed.items())
-        if key not in self._compiled:
-            self._compiled[key] = _compile(self.__name__, self.text(**fixed))
-        return self._compiled[key]
+        found = self._compiled.get(key)
+        if found is None:
+            found = self._compiled[key] = _compile(self.__name__, self.text(**fixed))
+        return found
 
     def text(self, **fixed: Any) -> str:
         """Its LLVM instructions."""
@@ -117,14 +119,6 @@ def available() -> bool:
 def features() -> frozenset[str]:
     """Instruction sets of this machine by LLVM's names."""
     return frozenset(name for name, has in llvm.get_host_cpu_features().items() if has)
-
-
-def _bits(argument: float) -> int:
-    """An argument as the 64-bit word a kernel reads."""
-    if isinstance(argument, int):
-        return argument
-    word: int = struct.unpack("q", struct.pack("d", argument))[0]
-    return word
 
 
 def assembly(text: str) -> str:

@@ -6,7 +6,7 @@ which leaves each with the rows it made itself, at the price of decoding in ever
 columns. Sums longer than `MAX_DEPTH` are made in pieces that are added up in float32.
 """
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qtune_kernels.cpu import team, tiles
 from qtune_kernels.cpu.decode import SEGMENT
-from qtune_kernels.cpu.gemm import BLOCK, multiply
+from qtune_kernels.cpu.gemm import BLOCK, SUMS, multiply
 from qtune_kernels.cpu.tiles import DEPTH, TILE_BYTES
 from qtune_kernels.dequantize import Codes
 from qtune_kernels.scales import dynamic_map
@@ -135,12 +135,9 @@ def _multiply(
     accumulate: bool = False,
 ) -> None:
     (rows, depth), columns = left.shape, out.shape[1]
-    steps = depth // DEPTH + (extension is not None)
-    by_rows = rows >= ROWS_TO_SPLIT * team.num_workers() or columns < 2 * BLOCK * team.num_workers()
-    blocks = _panel_blocks(columns // BLOCK, steps, by_rows)
-    panel_bytes = blocks * (2 * steps + 4) * TILE_BYTES
-    panels = scratch("panels", team.num_workers() * panel_bytes, torch.uint8)
-    chunks = -(-depth // DEPTH // CHUNK_STEPS)
+    workers = team.num_workers()
+    cut = _cut(rows, depth, columns, extension is not None, workers)
+    panels = scratch("panels", workers * cut.panel_bytes, torch.uint8)
     narrow = extension.right if extension else right if isinstance(right, Narrow) else None
     multiply(
         out.data_ptr(),
@@ -157,24 +154,39 @@ def _multiply(
         0 if bias is None else bias.data_ptr(),
         *_scales(right),
         panels.data_ptr(),
-        panel_bytes,
-        blocks,
-        -(-depth // DEPTH // chunks),
+        cut.panel_bytes,
+        cut.panel_blocks,
+        cut.chunk_steps,
         **_kind(right),
         outputs_first=outputs_first,
         extended=extension is not None,
         biased=bias is not None,
         wide=out.dtype == torch.float32,
         accumulate=accumulate,
-        by_rows=by_rows,
+        by_rows=cut.by_rows,
     )
 
 
-def _panel_blocks(column_blocks: int, steps: int, by_rows: bool) -> int:
-    """Blocks of columns of a panel: equal panels, as few as the cache allows."""
-    own = column_blocks if by_rows else -(-column_blocks // team.num_workers())
-    most = max(1, PANEL_BYTES // (2 * steps * TILE_BYTES))
-    return -(-own // -(-own // most))
+class _Cut(NamedTuple):
+    """How a product is cut, see the top of this file."""
+
+    by_rows: bool
+    panel_blocks: int
+    panel_bytes: int
+    chunk_steps: int
+
+
+@lru_cache(maxsize=1024)
+def _cut(rows: int, depth: int, columns: int, extended: bool, workers: int) -> _Cut:
+    steps, blocks = depth // DEPTH, columns // BLOCK
+    by_rows = rows >= ROWS_TO_SPLIT * workers or blocks < 2 * workers
+    own = blocks if by_rows else -(-blocks // workers)
+    most = max(1, PANEL_BYTES // (2 * (steps + extended) * TILE_BYTES))
+    # equal panels, as few as the cache allows, and equal chunks
+    panel_blocks = -(-own // -(-own // most))
+    panel_bytes = panel_blocks * (2 * (steps + extended) + len(SUMS)) * TILE_BYTES
+    chunk_steps = -(-steps // -(-steps // CHUNK_STEPS))
+    return _Cut(by_rows, panel_blocks, panel_bytes, chunk_steps)
 
 
 def _kind(right: Right) -> dict[str, Any]:

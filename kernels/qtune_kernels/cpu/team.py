@@ -26,6 +26,8 @@ def openmp() -> ctypes.CDLL | None:
         if Path(path).name.startswith(("libgomp", "libiomp5", "libomp")):
             library = ctypes.CDLL(path)
             if hasattr(library, "GOMP_parallel"):
+                words, count = (ctypes.c_char_p, ctypes.c_uint)
+                library.GOMP_parallel.argtypes = (ctypes.c_void_p, words, count, count)
                 return library
     return None
 
@@ -35,17 +37,18 @@ def num_workers() -> int:
     return torch.get_num_threads() if openmp() else 1
 
 
-def run(function: int, arguments: "ctypes.Array[ctypes.c_int64]", workers: int) -> None:
-    """Call a compiled kernel, given by its address, on `workers` threads and wait for all."""
+def run(function: int, words: bytes, workers: int) -> None:
+    """Call a compiled kernel, given by its address, on `workers` threads and wait for all.
+
+    `words` are its arguments, 64 bits each.
+    """
     library = openmp()
     if library is None or workers == 1:
-        _signature(function)(ctypes.addressof(arguments))
+        _callable(function)(words)
     else:
-        library.GOMP_parallel(
-            ctypes.c_void_p(function), ctypes.c_void_p(ctypes.addressof(arguments)), workers, 0
-        )
+        library.GOMP_parallel(function, words, workers, 0)
 
 
 @cache
-def _signature(function: int) -> "ctypes._FuncPointer":
-    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)
+def _callable(function: int) -> "ctypes._FuncPointer":
+    return ctypes.CFUNCTYPE(None, ctypes.c_char_p)(function)

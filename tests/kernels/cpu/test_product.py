@@ -30,6 +30,19 @@ def one_thread_and_poisoned_buffers() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def fresh_cuts() -> Iterator[None]:
+    """No cut by other constants is left over."""
+    yield
+    module._cut.cache_clear()
+
+
+def recut(monkeypatch: pytest.MonkeyPatch, name: str, value: int) -> None:
+    """Cut products by another constant; how they were cut is remembered."""
+    monkeypatch.setattr(module, name, value)
+    module._cut.cache_clear()
+
+
 def codes(made: Sample) -> tuple[Codes, Tensor]:
     """The matrix as the products take it, and its weights as bf16 in float64."""
     shape = (made.weights.shape[0], made.weights.shape[1])
@@ -83,7 +96,7 @@ def test_threads_share_rows_or_columns(monkeypatch, num_threads, outputs_first) 
     alone = product(left, matrix, outputs_first=outputs_first)
     torch.set_num_threads(num_threads)
     assert torch.equal(product(left, matrix, outputs_first=outputs_first), alone)
-    monkeypatch.setattr(module, "ROWS_TO_SPLIT", 1)
+    recut(monkeypatch, "ROWS_TO_SPLIT", 1)
     assert torch.equal(product(left, matrix, outputs_first=outputs_first), alone)
 
 
@@ -152,7 +165,7 @@ def test_sums_wait_between_chunks_without_loss(monkeypatch, chunk_steps) -> None
     matrix, _ = codes(sample((96, 448)))
     x = rows(70, 448)
     whole = product(x, matrix, outputs_first=True, dtype=torch.float32)
-    monkeypatch.setattr(module, "CHUNK_STEPS", chunk_steps)
+    recut(monkeypatch, "CHUNK_STEPS", chunk_steps)
     assert torch.equal(product(x, matrix, outputs_first=True, dtype=torch.float32), whole)
 
 
@@ -160,7 +173,7 @@ def test_small_panels_change_no_bit(monkeypatch) -> None:
     matrix, _ = codes(sample((320, 128)))
     x = rows(130, 128)
     whole = product(x, matrix, outputs_first=True)
-    monkeypatch.setattr(module, "PANEL_BYTES", 1)
+    recut(monkeypatch, "PANEL_BYTES", 1)
     assert torch.equal(product(x, matrix, outputs_first=True), whole)
 
 

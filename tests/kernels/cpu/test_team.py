@@ -1,6 +1,6 @@
 """The threads kernels run on are PyTorch's."""
 
-import ctypes
+import struct
 import threading
 
 import pytest
@@ -51,6 +51,5 @@ def test_without_openmp_one_thread_does_it_all(monkeypatch) -> None:
     monkeypatch.setattr(team, "openmp", lambda: None)
     assert team.num_workers() == 1
     out = torch.zeros(4, dtype=torch.int64)
-    words = (ctypes.c_int64 * 2)(out.data_ptr(), 1)
-    team.run(_number.address(), words, 1)
+    team.run(_number.address(), struct.pack("qq", out.data_ptr(), 1), 1)
     assert out.tolist() == [1, 0, 0, 0]
