@@ -4,9 +4,10 @@
 
 Trains rank 16 on all linear layers with 4 x 512 tokens of text, all supervised, with no dropout and
 no recomputation; `step_variants.py` says what the variants are. Each has a process of its own,
-because two models in one would share an allocator, and they step in turn, one while the others
-wait, so that other load on the machine hits all of them alike. Ratios are of steps of the same
-round. Losses must agree, so that no broken model is timed. Prints a table and writes
+because two models in one would share an allocator. First they step in turn, one while the others
+wait, so that other load on the machine hits all of them alike; then each has the machine to itself,
+one after the other, which is kinder to those that allocate much. Ratios are of steps of the same
+round. Losses must agree, so that no broken model is timed. Prints tables and writes
 benchmarks/results/cpu_step.json.
 """
 
@@ -72,13 +73,13 @@ class Worker:
 
 
 @contextmanager
-def workers(task: Task) -> Iterator[tuple[dict[str, Worker], dict[str, Any]]]:
-    """A ready worker for each variant, and what they run on."""
+def workers(task: Task, names: Sequence[str]) -> Iterator[tuple[dict[str, Worker], dict[str, Any]]]:
+    """A ready worker for each of the variants, and what they run on."""
     # torch reads it once, when it is imported there
     os.environ["OMP_NUM_THREADS"] = str(task.threads)
     made: dict[str, Worker] = {}
     try:
-        for name in VARIANTS:
+        for name in names:
             made[name] = Worker(name, task)
         # none steps before all are loaded
         facts = [worker.environment() for worker in made.values()]
@@ -135,17 +136,21 @@ def summaries(steps: Steps, num_tokens: int) -> dict[str, dict[str, Any]]:
     return found
 
 
-def run(task: Task, rounds: int) -> dict[str, Any]:
+def run(task: Task, rounds: int, *, alone: bool) -> dict[str, Any]:
     """The results for one number of threads, after printing its table."""
     load = os.getloadavg()[0]
-    with workers(task) as (made, facts):
-        steps = measure(made, rounds)
+    steps: Steps = {}
+    for names in [[name] for name in VARIANTS] if alone else [list(VARIANTS)]:
+        with workers(task, names) as (made, facts):
+            steps |= measure(made, rounds)
     check_losses(steps)
     variants = summaries(steps, task.batch * task.length)
     words = f"{task.threads} threads, {task.batch} x {task.length} tokens, {rounds} rounds"
+    words += ", one variant after the other" if alone else ", all variants in turn"
     print(f"{facts['processor']}, {words}, load average {load:.1f}\n\n{table(variants)}\n")
     return {
         "threads": task.threads,
+        "alone": alone,
         "load_average_before": load,
         "environment": facts,
         "variants": variants,
@@ -176,7 +181,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512, help="tokens of a sample")
     parser.add_argument("--rounds", type=int, default=7, help=f"after {WARM_UP} of warm-up")
     parser.add_argument("--threads", type=int, nargs="+", default=[os.cpu_count()])
-    parser.add_argument("--quick", action="store_true", help="2 rounds of 1 x 128 tokens")
+    parser.add_argument("--quick", action="store_true", help="2 rounds in turn of 1 x 128 tokens")
     parser.add_argument("--out", type=Path, help=f"default: {RESULTS.name}; with --quick none")
     chosen = parser.parse_args()
     if chosen.quick:
@@ -192,7 +197,11 @@ def main() -> None:
     """Measure for every number of threads, print the tables, write the results."""
     chosen = parsed()
     task = Task(resolve(chosen.model), chosen.text, chosen.batch, chosen.length, threads=1)
-    cases = [run(replace(task, threads=n), chosen.rounds) for n in chosen.threads]
+    cases = [
+        run(replace(task, threads=n), chosen.rounds, alone=alone)
+        for n in chosen.threads
+        for alone in ((False,) if chosen.quick else (False, True))
+    ]
     if chosen.out is not None:
         settings = {**vars(chosen), "text": chosen.text.name, "warm_up": WARM_UP}
         del settings["out"], settings["quick"], settings["threads"]

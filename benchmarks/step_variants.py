@@ -24,6 +24,7 @@ from qtune.data.chat import Sample
 from qtune.data.collate import ROW_MULTIPLE, collate
 from qtune.data.rows import Row
 from qtune.environment import environment
+from qtune.machine import keeping_freed_memory
 from qtune.model.forward import check_packing
 from qtune.model.load import add_adapter, load_base, load_tokenizer
 from qtune.recipe import Lora, Quant, Train
@@ -104,10 +105,12 @@ def serve(name: str, task: Task, parent: Connection) -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = adamw(trained, TRAIN)
     parent.send(environment(CPU))
-    while _is_asked(parent):
-        start = time.perf_counter()
-        loss = step(mean_loss, trained, optimizer)
-        parent.send((time.perf_counter() - start, loss))
+    # as `qtune train` does; the peers' programs leave the allocator alone
+    with keeping_freed_memory() if name.startswith("qtune") else nullcontext():
+        while _is_asked(parent):
+            start = time.perf_counter()
+            loss = step(mean_loss, trained, optimizer)
+            parent.send((time.perf_counter() - start, loss))
 
 
 def step(

@@ -1,8 +1,10 @@
-"""Memory of this machine: what is free now, and the most that was taken since some moment."""
+"""Memory of this machine: what is free, the most that was taken, and what the process keeps."""
 
+import ctypes
 import math
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -11,6 +13,12 @@ import torch
 CLEAR_REFS = Path("/proc/self/clear_refs")
 STATUS = Path("/proc/self/status")
 CGROUP = Path("/sys/fs/cgroup")
+# parameters of glibc's mallopt and, in bytes, their defaults
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+DEFAULT_THRESHOLD = 128 << 10
+# the most that mallopt takes: larger blocks are mapped, and given back when they are freed
+LARGEST_KEPT = 32 << 20
+NEVER = -1
 
 
 class Peak:
@@ -32,6 +40,27 @@ class Peak:
             return int(torch.cuda.max_memory_allocated(self._device))
         # the two counters differ by a few pages
         return max(0, _most_resident() - self._before)
+
+
+@contextmanager
+def keeping_freed_memory() -> Iterator[None]:
+    """Meanwhile memory on the CPU that is freed stays with the process, for the next step to use.
+
+    A step frees nearly all it has allocated. glibc would give that back to the system, which maps
+    and clears it anew page by page. Other C libraries are left as they are.
+    """
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
+        yield
+        return
+    libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
+    libc.mallopt(M_TRIM_THRESHOLD, NEVER)
+    try:
+        yield
+    finally:
+        libc.mallopt(M_MMAP_THRESHOLD, DEFAULT_THRESHOLD)
+        libc.mallopt(M_TRIM_THRESHOLD, DEFAULT_THRESHOLD)
+        libc.malloc_trim(0)
 
 
 def available_bytes(device: torch.device) -> int:

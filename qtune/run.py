@@ -16,7 +16,7 @@ from peft import PeftModel
 from qtune import run_folder, show
 from qtune.environment import environment
 from qtune.export import exporter
-from qtune.machine import Peak, available_bytes
+from qtune.machine import Peak, available_bytes, keeping_freed_memory
 from qtune.model.forward import check_packing
 from qtune.model.load import add_adapter, load_base
 from qtune.plan import Plan, make_plan
@@ -77,7 +77,8 @@ def fit(run: RunFolder, setup: Setup, plan: Plan, accelerator: Accelerator) -> N
         start=start,
         peak=peak,
     )
-    loop.train(job, accelerator)
+    with keeping_freed_memory():
+        loop.train(job, accelerator)
     if accelerator.is_main_process:
         exporter.write_run_adapter(model, run.adapter, recipe.model, recipe.revision)
     accelerator.end_training()

@@ -1,9 +1,12 @@
+import platform
+import resource
+
 import psutil
 import pytest
 import torch
 
 from qtune import machine
-from qtune.machine import Peak, available_bytes
+from qtune.machine import Peak, available_bytes, keeping_freed_memory
 
 CPU = torch.device("cpu")
 
@@ -36,3 +39,19 @@ def test_a_container_has_what_its_limit_leaves(monkeypatch, tmp_path):
     assert available_bytes(CPU) == 2500
     (tmp_path / "memory.max").write_text("max\n")
     assert available_bytes(CPU) > 5000
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+def test_freed_memory_is_used_again_and_given_back_at_the_end():
+    def faults_of_a_step() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        blocks = [torch.ones(1 << 22, dtype=torch.uint8) for _ in range(20)]
+        del blocks
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    with keeping_freed_memory():
+        faults_of_a_step()
+        # 80 MiB are 20480 pages of 4 KiB
+        assert faults_of_a_step() < 2000
+        held = psutil.Process().memory_info().rss
+    assert psutil.Process().memory_info().rss < held - (60 << 20)
