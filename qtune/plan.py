@@ -31,7 +31,7 @@ from qtune.train.recompute import POLICIES, Policy
 
 # a training step takes this many times its matrix products: attention, norms, loss, dequantizing
 # (measured with the quickstart on two AMX cores; the bar shows the true rate)
-OVERHEAD = 3.8
+OVERHEAD = 1.4
 # the largest micro-batch of a run is looked for in so many steps
 MOST_STEPS = 1000
 
