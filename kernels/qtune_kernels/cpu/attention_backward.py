@@ -241,7 +241,7 @@ class Queries:
         """Add the chunk's part to dk^T and dv^T, which begin with the `first` query head."""
         code, size = self._code, rows_bytes(self._width)
         with code.loop(end, parts.first_key_block(code, begin, self._window)) as other:
-            start = code.larger(begin, other)
+            start = code.select(begin < other, other, begin)
             stop = code.smaller(end, parts.query_blocks_end(other, self._window))
             for number, (columns, pairs) in enumerate(
                 ((self._q_columns, self._ds), (self._dy_columns, self._weights))

@@ -216,7 +216,7 @@ def query_blocks_end(key_block: Value, window: Value) -> Value:
 def live_lanes(code: Code, count: Value, half: int) -> Value:
     """Which of 16 rows of a half of a block, i1, are before `count`."""
     start = code.integer(SIDE * half)
-    return code.first_lanes(code.larger(count, start) - start)
+    return code.first_lanes(count - code.smaller(start, count))
 
 
 def fold(code: Code, table: Value, combine: Callable[[Value, Value], Value]) -> list[Value]:

@@ -10,6 +10,8 @@ The right factors may lie as [N, K] (y = x W^T) or as [K, N] (dx = dy W). The fi
 of bf16; the second, of float32 and filled up with zeros to 32, may also stand in its place.
 """
 
+from typing import NamedTuple
+
 from qtune_kernels.cpu import tiles
 from qtune_kernels.cpu.decode import Packed
 from qtune_kernels.cpu.jit import Integer, KernelCode, Number, Pointer, kernel
@@ -69,6 +71,7 @@ def multiply(
     factors lie as [N, K], `wide` that `out` is float32. `by_rows` shares rows among threads and not
     columns.
     """
+    steps = depth // DEPTH
     bounded = Bounded(code, narrow, narrow_rows, narrow_columns, narrow_factor)
     main: Stored = bounded
     if kind == "dense":
@@ -77,46 +80,54 @@ def multiply(
         scales = (scale_codes, scale_scales, scale_offset, scale_map)
         packed = Packed(code, right, *scales, levels, bits=bits, group_size=group_size)
         main = Coded(code, packed, right_stride)
-    parts: list[tuple[Stored, Value, Value]] = [(main, first, depth // DEPTH)]
-    if extended:
-        parts.append((bounded, code.integer(0), code.integer(1)))
-    panel = Panel(code, panels + code.worker * panel_bytes, depth // DEPTH + int(extended))
+    lefts = Lefts(left, left_stride, steps, chunk_steps, left2 if extended else None)
+    panel = Panel(code, panels + code.worker * panel_bytes, steps + int(extended), outputs_first)
     waiting, _ = panel.tiles(panel_blocks, code.integer(0))
-    sums = Sums(
-        code, waiting, out, out_stride, bias if biased else None, wide=wide, accumulate=accumulate
-    )
-    tiles.configure(code)
+    added = bias if biased else None
+    sums = Sums(code, waiting, out, out_stride, added, wide=wide, accumulate=accumulate)
     row_blocks, column_blocks = (num_rows + (BLOCK - 1)) // BLOCK, num_columns // BLOCK
     everything = code.integer(0)
     rows = code.part(row_blocks) if by_rows else (everything, row_blocks)
     columns = (everything, column_blocks) if by_rows else code.part(column_blocks)
+    tiles.configure(code)
     with code.loop(columns[1], columns[0], panel_blocks) as begin:
         width = code.smaller(columns[1] - begin, panel_blocks)
-        at = code.integer(0)
-        for stored, start, steps in parts:
-            # along the rows as they lie in memory
-            counts = (width, steps) if outputs_first else (steps, width)
-            with code.loop(counts[0]) as outer, code.loop(counts[1]) as inner:
-                block, step = (outer, inner) if outputs_first else (inner, outer)
-                k = start + step * DEPTH
-                panel.fill(stored, k, begin + block, at + step, block, outputs_first)
-            at = at + steps
+        panel.fill(main, first, begin, width, everything, steps)
+        if extended:
+            panel.fill(bounded, everything, begin, width, steps, code.integer(1))
         with code.loop(rows[1], rows[0]) as block:
             # the last rows are done as a full block, some of them for the second time
             row = code.smaller(block * BLOCK, num_rows - BLOCK)
-            with code.loop(depth // DEPTH, 0, chunk_steps) as step, code.loop(width) as column:
-                sums.open(row, begin, column, step.equals(0))
-                stop = code.smaller(step + chunk_steps, depth // DEPTH)
-                factor = left + row * left_stride
-                with code.loop(stop, step) as now:
-                    _step(code, factor + now * ROW_BYTES, left_stride, panel, column, now)
-                last = stop.equals(depth // DEPTH)
-                if extended:
-                    with code.when(last):
-                        factor2 = left2 + row * ROW_BYTES
-                        _step(code, factor2, code.integer(ROW_BYTES), panel, column, stop)
-                sums.close(row, begin, column, last)
+            _row_of_blocks(code, lefts, panel, sums, row, begin, width)
     tiles.release(code)
+
+
+class Lefts(NamedTuple):
+    """The left factor, how its sums are cut, and the left factor of the second pair if any."""
+
+    start: Value
+    stride: Value
+    steps: Value
+    chunk_steps: Value
+    second: Value | None
+
+
+def _row_of_blocks(
+    code: Code, lefts: Lefts, panel: "Panel", sums: "Sums", row: Value, begin: Value, width: Value
+) -> None:
+    """Thirty-two rows of `out` within a panel: chunk by chunk, block by block."""
+    row_bytes = code.integer(ROW_BYTES)
+    factor = lefts.start + row * lefts.stride
+    with code.loop(lefts.steps, 0, lefts.chunk_steps) as start, code.loop(width) as column:
+        sums.open(row, begin, column, start.equals(0))
+        stop = code.smaller(start + lefts.chunk_steps, lefts.steps)
+        with code.loop(stop, start) as step:
+            _step(code, factor + step * ROW_BYTES, lefts.stride, panel, column, step)
+        last = stop.equals(lefts.steps)
+        if lefts.second is not None:
+            with code.when(last):
+                _step(code, lefts.second + row * ROW_BYTES, row_bytes, panel, column, stop)
+        sums.close(row, begin, column, last)
 
 
 class Sums:
@@ -186,10 +197,14 @@ class Sums:
 
 
 class Panel:
-    """Columns of the right factor as tiles in the cache: [columns / 32, steps, 2] of 1 KiB."""
+    """Columns of the right factor as tiles in the cache: [columns / 32, steps, 2] of 1 KiB.
 
-    def __init__(self, code: Code, start: Value, steps: Value) -> None:
+    `transposed` says that the right factors lie as [N, K].
+    """
+
+    def __init__(self, code: Code, start: Value, steps: Value, transposed: bool) -> None:
         self._code, self._start, self._steps = code, start, steps
+        self._transposed = transposed
 
     def tiles(self, block: Value, step: Value) -> list[Value]:
         """The addresses of a block's two tiles for one step; the next step's follow them."""
@@ -197,11 +212,19 @@ class Panel:
         return [start, start + TILE_BYTES]
 
     def fill(
-        self, stored: Stored, k: Value, column: Value, step: Value, block: Value, transposed: bool
+        self, stored: Stored, first: Value, begin: Value, width: Value, at: Value, steps: Value
     ) -> None:
-        """Make the two tiles of a block of columns and one step of the sum."""
-        make = self._make_transposed if transposed else self._make
-        make(stored, k, column * BLOCK, self.tiles(block, step))
+        """Make the tiles of `width` blocks from `begin` on, for `steps` steps from step `at` on.
+
+        `first` is where the sum begins in the matrix. It is read along its rows.
+        """
+        code = self._code
+        make = self._make_transposed if self._transposed else self._make
+        counts = (width, steps) if self._transposed else (steps, width)
+        with code.loop(counts[0]) as outer, code.loop(counts[1]) as inner:
+            block, step = (outer, inner) if self._transposed else (inner, outer)
+            targets = self.tiles(block, at + step)
+            make(stored, first + step * DEPTH, (begin + block) * BLOCK, targets)
 
     def _make(self, stored: Stored, k: Value, n: Value, targets: list[Value]) -> None:
         """Two tiles of a matrix [K, N]: pairs of rows are interleaved."""

@@ -15,13 +15,13 @@ import inspect
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any, NewType
 
 import llvmlite.binding as llvm
 from llvmlite import ir
 
 from qtune_kernels.cpu import team
+from qtune_kernels.cpu.processor import features
 from qtune_kernels.cpu.simd import F32, F64, I32, I64, POINTER, Code, Operand, Value
 
 # what run-time parameters of kernels are annotated with: an address, an int64, a float32
@@ -115,15 +115,9 @@ def available() -> bool:
     return "avx512f" in features()
 
 
-@cache
-def features() -> frozenset[str]:
-    """Instruction sets of this machine by LLVM's names."""
-    return frozenset(name for name, has in llvm.get_host_cpu_features().items() if has)
-
-
-def assembly(text: str) -> str:
-    """The machine instructions that LLVM makes for this processor."""
-    machine = _machine()
+def assembly(text: str, processor: str | None = None) -> str:
+    """The machine instructions that LLVM makes for this processor, or for another of that name."""
+    machine = _machine() if processor is None else _target().create_target_machine(cpu=processor)
     made: str = machine.emit_assembly(_optimized(text, machine))
     return made
 
@@ -153,14 +147,17 @@ _engines: list[llvm.ExecutionEngine] = []
 
 def _machine() -> llvm.TargetMachine:
     """This processor, with its widest vectors."""
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
     library = team.openmp()
     if library is not None:
         entry = ctypes.cast(library.omp_get_thread_num, ctypes.c_void_p).value
         llvm.add_symbol("omp_get_thread_num", entry)
     flags = ",".join(f"+{name}" for name in sorted(features())) + ",-prefer-256-bit"
-    target = llvm.Target.from_default_triple()
-    return target.create_target_machine(
+    return _target().create_target_machine(
         cpu=llvm.get_host_cpu_name(), features=flags, opt=3, jit=True
     )
+
+
+def _target() -> llvm.Target:
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    return llvm.Target.from_default_triple()

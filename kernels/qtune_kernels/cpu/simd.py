@@ -13,6 +13,8 @@ from typing import Any, Union
 
 from llvmlite import ir
 
+from qtune_kernels.cpu import processor
+
 LANES = 16
 
 
@@ -125,6 +127,12 @@ class Value:
         old, new = _element(self.type), kind
         if old == new:
             return self
+        if new == BF16 and not processor.rounds_to_bf16():
+            return self._rounded_to_bf16()
+        if old == BF16:
+            # the upper half of the float32
+            words = self.bits(_like(self.type, I16)).to(I32) << 16
+            return words.bits(_like(self.type, F32)).to(new)
         if _floats(old) and _floats(new):
             cast = builder.fpext if _width(old) < _width(new) else builder.fptrunc
         elif _floats(new):
@@ -135,11 +143,19 @@ class Value:
             cast = builder.zext if old.width < new.width else builder.trunc
         return self._made(cast(self.ir, target))
 
+    def _rounded_to_bf16(self) -> "Value":
+        """Float32 to bf16, nearest even, by arithmetic on its bits."""
+        words = self.bits(_like(self.type, I32))
+        rounded = (words + 0x7FFF + (words >> 16 & 1)) >> 16
+        is_nan = self._made(self.code.builder.fcmp_unordered("uno", self.ir, self.ir))
+        quiet_nan = self.code.value(0x7FC0, words.type)
+        bits = self.code.select(is_nan, quiet_nan, rounded).to(I16)
+        return bits.bits(_like(self.type, BF16))
+
     def signed_to(self, kind: ir.Type) -> "Value":
         """As `to`, for integers that count as signed."""
-        builder, target = self.code.builder, _like(self.type, kind)
-        cast = builder.sitofp if _floats(kind) else builder.sext
-        return self._made(cast(self.ir, target))
+        cast = self.code.builder.sitofp if _floats(kind) else self.code.builder.sext
+        return self._made(cast(self.ir, _like(self.type, kind)))
 
     def bits(self, kind: ir.Type) -> "Value":
         """The same bits read as another type of the same size."""
@@ -214,18 +230,21 @@ class Code:
 
     def constants(self, numbers: Sequence[float], kind: ir.Type = F32) -> Value:
         """A vector of given numbers."""
-        element = [kind(_number(number, kind)) for number in numbers]
-        return Value(self, ir.Constant(vector(kind, len(numbers)), element))
+        elements = [kind(_number(number, kind)) for number in numbers]
+        return Value(self, ir.Constant(vector(kind, len(elements)), elements))
 
     def load(self, address: Value, kind: ir.Type, live: Value | None = None) -> Value:
         """What lies at an address; lanes that are not `live` are not read and hold 0."""
+        stored = _stored(kind)
         if live is None:
-            made = self.builder.load(address.ir, typ=kind, align=1)
-            return Value(self, made)
-        return self.call("llvm.masked.load", kind, address, live, self.value(0, kind))
+            made = Value(self, self.builder.load(address.ir, typ=stored, align=1))
+        else:
+            made = self.call("llvm.masked.load", stored, address, live, self.value(0, stored))
+        return made.bits(kind)
 
     def store(self, value: Value, address: Value, live: Value | None = None) -> None:
         """Write to an address, only the lanes that are `live`."""
+        value = value.bits(_stored(value.type))
         if live is None:
             self.builder.store(value.ir, address.ir, align=1)
         else:
@@ -280,11 +299,6 @@ class Code:
         """The lesser of two integers."""
         b = self.value(b, a.type)
         return self.select(a < b, a, b)
-
-    def larger(self, a: Value, b: Operand) -> Value:
-        """The greater of two integers."""
-        b = self.value(b, a.type)
-        return self.select(a < b, b, a)
 
     def call(self, name: str, result: ir.Type, *arguments: Value) -> Value:
         """An LLVM intrinsic, or a function of this module, by name.
@@ -359,6 +373,11 @@ def _short(kind: ir.Type) -> str:
 
 def _element(kind: Any) -> Any:
     return kind.element if isinstance(kind, ir.VectorType) else kind
+
+
+def _stored(kind: Any) -> Any:
+    """As what a type is read and written: to processors without bf16 its numbers are 16 bits."""
+    return _like(kind, I16) if _element(kind) == BF16 else kind
 
 
 def _like(old: Any, kind: ir.Type) -> ir.Type:

@@ -11,7 +11,7 @@ from functools import cache
 
 from llvmlite import ir
 
-from qtune_kernels.cpu.jit import features
+from qtune_kernels.cpu.processor import features
 from qtune_kernels.cpu.simd import I8, Code, Value
 
 SIDE = 16
