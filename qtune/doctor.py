@@ -24,7 +24,7 @@ from qtune.model.sources import MIRRORS
 if TYPE_CHECKING:
     from types import ModuleType
 
-_NEEDED = {"transformers": "5.17", "peft": "0.21", "accelerate": "1.12"}
+_NEEDED = {"transformers": "5.17", "peft": "0.21", "accelerate": "1.12", "llvmlite": "0.45"}
 _OPTIONAL = {"bitsandbytes": "needed to check the bitsandbytes export"}
 _TORCH, _TRITON, _PYTHON = "2.11", "3.6", "3.11"
 _MIN_FREE_GB = 5.0
@@ -49,6 +49,7 @@ def report() -> list[Line]:
         *([] if torch is None else [_cpu(torch), *_gpus(torch)]),
         _triton(has_gpu),
         *(_package(name, minimum) for name, minimum in _NEEDED.items()),
+        *([] if torch is None or _version("llvmlite") is None else [_cpu_kernels()]),
         *(_optional(name, use) for name, use in _OPTIONAL.items()),
         _memory(),
         _cache(),
@@ -82,6 +83,16 @@ def _cpu(torch: "ModuleType") -> Line:
     bf16 = f"fast bf16 by {', '.join(fast)}" if fast else "bf16 without own instructions (slower)"
     level = torch.backends.cpu.get_cpu_capability()
     return Line("cpu", f"{torch.get_num_threads()} threads, {level}, {bf16}", True)
+
+
+def _cpu_kernels() -> Line:
+    from qtune_kernels.cpu import jit, team, tiles
+
+    if not jit.available():
+        return Line("cpu kernels", "none for this processor; plain PyTorch runs instead", True)
+    kinds = "AVX-512 and AMX" if tiles.available() else "AVX-512; products by PyTorch"
+    threads = "PyTorch's threads" if team.openmp() else "one thread, no OpenMP of PyTorch's found"
+    return Line("cpu kernels", f"{kinds}, on {threads}", True)
 
 
 def _gpus(torch: "ModuleType") -> list[Line]:

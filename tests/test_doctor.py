@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from qtune import doctor
+from qtune_kernels.cpu import tiles
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +29,7 @@ def test_what_is_here_is_told(tmp_path):
     assert "threads" in found["cpu"].value and "GiB" in found["memory"].value
     assert str(tmp_path / "cache") in found["cache"].value
     assert any(name.startswith("gpu") for name in found)
+    assert ("AMX" in found["cpu kernels"].value) == tiles.available()
 
 
 def test_what_is_unreachable_is_not_ok():
