@@ -17,6 +17,7 @@ from qtune.setup import open_setup
 from qtune.train import recompute
 from qtune.train.objectives import sft
 from qtune.train.recompute import POLICIES
+from qtune_kernels.cpu import jit
 
 CPU = torch.device("cpu")
 # the tiny model's head is tied, of which PEFT warns
@@ -72,8 +73,9 @@ def test_a_step_takes_what_was_planned(tiny_recipe, variant):
         # each checkpoint keeps the state of the random number generator besides
         states = 0 if policy == "none" else 2 * torch.get_rng_state().nbytes
         assert found == pytest.approx(kept - states, rel=0.02), policy
-        # and kernels take memory while they run
-        assert found + planned.backward == pytest.approx(peak, rel=0.1), policy
+        # and kernels take memory while they run, plain PyTorch in their place much more
+        if jit.available():
+            assert found + planned.backward == pytest.approx(peak, rel=0.1), policy
 
 
 def test_each_policy_keeps_less_than_the_one_before(tiny_recipe):
