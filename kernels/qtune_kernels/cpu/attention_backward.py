@@ -20,8 +20,6 @@ from qtune_kernels.cpu import tiles
 from qtune_kernels.cpu.attention_keys import Keys
 from qtune_kernels.cpu.attention_schedule import BLOCK
 from qtune_kernels.cpu.attention_tiles import (
-    HIGH_PAIRS,
-    LOW_PAIRS,
     NUMBERS_BYTES,
     SCORES_BYTES,
     SCORES_ROW,
@@ -38,7 +36,7 @@ from qtune_kernels.cpu.jit import Integer, KernelCode, Number, Pointer, kernel
 from qtune_kernels.cpu.math import exp2
 from qtune_kernels.cpu.simd import F32, I64, Code, Value
 from qtune_kernels.cpu.stored import to_bf16
-from qtune_kernels.cpu.tiles import DEPTH, ROW_BYTES, TILE_BYTES
+from qtune_kernels.cpu.tiles import DEPTH, HIGH_PAIRS, LOW_PAIRS, ROW_BYTES, TILE_BYTES
 
 # the logarithm of no weight at all, finite
 NOTHING = -1e30
@@ -228,13 +226,13 @@ class Queries:
         code, width = self._code, self._width
         first = parts.first_key_block(code, block, self._window)
         with code.loop(width // DEPTH) as column:
-            parts.clear(code)
+            tiles.clear(code)
             with code.loop(block + 1, first) as other:
                 rows = self._ds_rows + other * WEIGHTS_BYTES
                 parts.multiply_add(
                     code, rows, ROW_BYTES, self._keys.paired(other, column), TILE_BYTES
                 )
-            parts.move_sums(code, tiles.store, self._out + column * SCORES_ROW, 4 * width)
+            tiles.move_sums(code, tiles.store, self._out + column * SCORES_ROW, 4 * width)
         parts.write_rows(code, self._out, lambda row: self._scale, target, width)
 
     def sum_keys(self, begin: Value, end: Value, *, first: Value) -> None:
@@ -253,4 +251,4 @@ class Queries:
                         left = columns + (block - begin) * size + column * (2 * TILE_BYTES)
                         right = pairs + ((block - begin) * self._blocks + other) * WEIGHTS_BYTES
                         parts.multiply_add(code, left, ROW_BYTES, right, TILE_BYTES)
-                    parts.move_sums(code, tiles.store, sums, SCORES_ROW)
+                    tiles.move_sums(code, tiles.store, sums, SCORES_ROW)

@@ -128,12 +128,12 @@ class RowBlock:
         for half, total in enumerate(parts.fold(code, self._sums, lambda a, b: a + b)):
             code.store(total, self._total + ROW_BYTES * half)
         with code.loop(width // BLOCK) as column:
-            parts.clear(code)
+            tiles.clear(code)
             with code.loop(block + 1, first) as other:
                 values = self._values + other * rows_bytes(width) + column * (2 * TILE_BYTES)
                 weights = self._weights + other * WEIGHTS_BYTES
                 parts.multiply_add(code, weights, ROW_BYTES, values, TILE_BYTES)
-            parts.move_sums(code, tiles.store, self._out + column * SCORES_ROW, 4 * width)
+            tiles.move_sums(code, tiles.store, self._out + column * SCORES_ROW, 4 * width)
 
     def write(self, target: Rows) -> None:
         """Write the outputs."""

@@ -14,11 +14,20 @@ from typing import NamedTuple
 
 from qtune_kernels.cpu import tiles
 from qtune_kernels.cpu.attention_schedule import BLOCK, TASK_BYTES
-from qtune_kernels.cpu.gemm import LEFT, PAIRS, RIGHT, SUMS, WORDS
+from qtune_kernels.cpu.gemm import PAIRS, WORDS
 from qtune_kernels.cpu.jit import KernelCode
 from qtune_kernels.cpu.simd import F32, I32, I64, Code, Value, vector
 from qtune_kernels.cpu.stored import to_bf16
-from qtune_kernels.cpu.tiles import DEPTH, ROW_BYTES, SIDE, TILE_BYTES
+from qtune_kernels.cpu.tiles import (
+    DEPTH,
+    HIGH_PAIRS,
+    LEFT,
+    LOW_PAIRS,
+    RIGHT,
+    ROW_BYTES,
+    SIDE,
+    TILE_BYTES,
+)
 
 # a block of scores in float32 and in bf16, and one of its rows in float32
 SCORES_BYTES, WEIGHTS_BYTES = 4 * TILE_BYTES, 2 * TILE_BYTES
@@ -27,9 +36,6 @@ SCORES_ROW = 4 * BLOCK
 NUMBERS_BYTES, VECTORS_BYTES = 4 * BLOCK, ROW_BYTES * BLOCK
 # what a hidden score is, far below any that is seen and yet finite
 HIDDEN = -1e30
-# two rows of a tile of pairs: element i of one vector, then of the other
-LOW_PAIRS = [i // 2 + DEPTH * (i % 2) for i in range(DEPTH)]
-HIGH_PAIRS = [lane + SIDE for lane in LOW_PAIRS]
 
 
 def rows_bytes(width: int) -> int:
@@ -139,47 +145,31 @@ def _pair(
                 code.store(row, target + (step * 2 + half) * TILE_BYTES + ROW_BYTES * i)
 
 
-def clear(code: Code) -> None:
-    """Begin the sums of a block at zero."""
-    for tile in SUMS:
-        tiles.zero(code, tile)
-
-
 def multiply_add(code: Code, left: Value, stride: int, right: Value, gap: int) -> None:
     """Add [32, 32] [32, 32] to the sums: rows of `left` and tiles of `right` lie so far apart."""
     for half, tile in enumerate(LEFT):
         tiles.load(code, tile, left + stride * SIDE * half, code.integer(stride))
     for half, tile in enumerate(RIGHT):
         tiles.load(code, tile, right + gap * half, code.integer(ROW_BYTES))
-    for tile in SUMS:
-        tiles.multiply(code, tile, LEFT[tile // 2], RIGHT[tile % 2])
+    tiles.multiply_block(code)
 
 
 def open_sums(code: Code, block: Value, *, fresh: Value) -> None:
     """Begin the sums of a block [32, 32] at zero if they are `fresh`, else where they were left."""
     with code.when(fresh):
-        clear(code)
+        tiles.clear(code)
     with code.when(fresh.equals(0)):
-        move_sums(code, tiles.load, block, SCORES_ROW)
-
-
-def move_sums(
-    code: Code, move: Callable[[Code, int, Value, Value], None], block: Value, stride: int
-) -> None:
-    """Load or store the sums of a block [32, 32] of float32 whose rows are so far apart."""
-    for tile in SUMS:
-        corner = block + (stride * SIDE * (tile // 2) + ROW_BYTES * (tile % 2))
-        move(code, tile, corner, code.integer(stride))
+        tiles.move_sums(code, tiles.load, block, SCORES_ROW)
 
 
 def score(code: Code, rows: Value, others: Value, target: Value, width: int) -> None:
     """A block of rows times others^T, `transposed`: [32, 32] float32."""
     steps = width // DEPTH
-    clear(code)
+    tiles.clear(code)
     for step in range(steps):
         at = others + TILE_BYTES * step
         multiply_add(code, rows + ROW_BYTES * step, 2 * width, at, TILE_BYTES * steps)
-    move_sums(code, tiles.store, target, SCORES_ROW)
+    tiles.move_sums(code, tiles.store, target, SCORES_ROW)
 
 
 def hide(code: Code, scores: Value, ahead: Value, window: Value) -> None:

@@ -7,9 +7,8 @@ own do not matter. The bits of storage are those of `packing.py`, the arithmetic
 """
 
 from qtune_kernels.cpu.simd import F32, I8, I32, I64, LANES, Code, Value, vector
+from qtune_kernels.packing import SEGMENT
 from qtune_kernels.scales import SCALE_GROUP
-
-SEGMENT = 64
 
 
 class Packed:

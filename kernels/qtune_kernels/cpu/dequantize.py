@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from qtune_kernels.cpu.decode import SEGMENT, Packed
+from qtune_kernels.cpu.decode import Packed
 from qtune_kernels.cpu.jit import Integer, KernelCode, Pointer, available, kernel
 from qtune_kernels.cpu.product import level_table
 from qtune_kernels.cpu.simd import BF16, F32, LANES
-from qtune_kernels.packing import code_bits
+from qtune_kernels.packing import SEGMENT, code_bits
 from qtune_kernels.scales import Scales, dynamic_map
 
 KINDS = {torch.float32: F32, torch.bfloat16: BF16}

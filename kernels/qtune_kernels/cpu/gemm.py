@@ -17,11 +17,22 @@ from qtune_kernels.cpu.decode import Packed
 from qtune_kernels.cpu.jit import Integer, KernelCode, Number, Pointer, kernel
 from qtune_kernels.cpu.simd import BF16, F32, I16, I32, Code, Value, vector
 from qtune_kernels.cpu.stored import Bounded, Coded, Dense, Stored, to_bf16
-from qtune_kernels.cpu.tiles import DEPTH, ROW_BYTES, SIDE, TILE_BYTES
+from qtune_kernels.cpu.tiles import (
+    DEPTH,
+    HIGH_PAIRS,
+    LEFT,
+    LOW_PAIRS,
+    RIGHT,
+    ROW_BYTES,
+    SIDE,
+    SUMS,
+    TILE_BYTES,
+)
 
 # rows and columns of `out` made at a time, in four registers of sums
 BLOCK = 2 * SIDE
-SUMS, LEFT, RIGHT = (0, 1, 2, 3), (4, 5), (6, 7)
+# bytes of a row of a block's sums while they wait or are rounded
+SUMS_ROW = 4 * BLOCK
 WORDS, PAIRS = vector(I16, DEPTH), vector(I32)
 
 
@@ -146,22 +157,19 @@ class Sums:
     ) -> None:
         self._code, self._waiting, self._out, self._stride = code, waiting, out, stride
         self._bias, self._wide, self._accumulate = bias, wide, accumulate
-        self._rounding = code.stack(4 * TILE_BYTES)
+        self._rounding = code.stack(len(SUMS) * TILE_BYTES)
 
     def open(self, row: Value, begin: Value, column: Value, first: Value) -> None:
         """Start the sums of a block, or take up those of the chunk before."""
         code = self._code
         with code.when(first):
-            for tile in SUMS:
-                if self._accumulate:
-                    target = self._target(row, begin + column)
-                    tiles.load(code, tile, _corner(target, self._stride, tile), self._stride)
-                else:
-                    tiles.zero(code, tile)
+            if self._accumulate:
+                target = self._target(row, begin + column)
+                tiles.move_sums(code, tiles.load, target, self._stride)
+            else:
+                tiles.clear(code)
         with code.when(first.equals(0)):
-            for tile in SUMS:
-                address = self._waiting + column * (4 * TILE_BYTES) + TILE_BYTES * tile
-                tiles.load(code, tile, address, code.integer(ROW_BYTES))
+            tiles.move_sums(code, tiles.load, self._place(column), SUMS_ROW)
 
     def close(self, row: Value, begin: Value, column: Value, last: Value) -> None:
         """Write the sums of a block to `out`, or put them aside for the next chunk."""
@@ -169,27 +177,27 @@ class Sums:
         with code.when(last):
             target = self._target(row, begin + column)
             if self._wide:
-                for tile in SUMS:
-                    tiles.store(code, tile, _corner(target, self._stride, tile), self._stride)
+                tiles.move_sums(code, tiles.store, target, self._stride)
             else:
                 self._store_rounded(target, begin + column)
         with code.when(last.equals(0)):
-            for tile in SUMS:
-                address = self._waiting + column * (4 * TILE_BYTES) + TILE_BYTES * tile
-                tiles.store(code, tile, address, code.integer(ROW_BYTES))
+            tiles.move_sums(code, tiles.store, self._place(column), SUMS_ROW)
+
+    def _place(self, column: Value) -> Value:
+        """Where the sums of a block wait."""
+        return self._waiting + column * (len(SUMS) * TILE_BYTES)
 
     def _target(self, row: Value, column: Value) -> Value:
         element = 4 if self._wide else 2
         return self._out + row * self._stride + column * (BLOCK * element)
 
     def _store_rounded(self, target: Value, column: Value) -> None:
-        code, row_bytes = self._code, self._code.integer(2 * ROW_BYTES)
-        for tile in SUMS:
-            tiles.store(code, tile, _corner(self._rounding, row_bytes, tile), row_bytes)
+        code = self._code
+        tiles.move_sums(code, tiles.store, self._rounding, SUMS_ROW)
         at = None if self._bias is None else self._bias + column * (2 * BLOCK)
         bias = [code.read(at + ROW_BYTES // 2 * half, BF16) for half in range(2)] if at else []
         for row in range(BLOCK):
-            place = self._rounding + 2 * row * ROW_BYTES
+            place = self._rounding + row * SUMS_ROW
             halves = [code.read(place + ROW_BYTES * half, F32) for half in range(2)]
             if bias:
                 halves = [half + more for half, more in zip(halves, bias, strict=True)]
@@ -230,8 +238,7 @@ class Panel:
         """Two tiles of a matrix [K, N]: pairs of rows are interleaved."""
         for pair in range(SIDE):
             words = [stored.read(k + (2 * pair + odd), n).bits(WORDS) for odd in range(2)]
-            for half, target in enumerate(targets):
-                lanes = [SIDE * half + i // 2 + DEPTH * (i % 2) for i in range(DEPTH)]
+            for lanes, target in zip((LOW_PAIRS, HIGH_PAIRS), targets, strict=True):
                 self._code.store(words[0].shuffle(words[1], lanes), target + ROW_BYTES * pair)
 
     def _make_transposed(self, stored: Stored, k: Value, n: Value, targets: list[Value]) -> None:
@@ -248,10 +255,4 @@ def _step(code: Code, left: Value, stride: Value, panel: Panel, column: Value, s
         tiles.load(code, tile, left + stride * (SIDE * half), stride)
     for tile, address in zip(RIGHT, panel.tiles(column, step), strict=True):
         tiles.load_passing(code, tile, address, code.integer(ROW_BYTES))
-    for tile in SUMS:
-        tiles.multiply(code, tile, LEFT[tile // 2], RIGHT[tile % 2])
-
-
-def _corner(target: Value, stride: Value, tile: int) -> Value:
-    """Where the sums of a register lie in a block of float32."""
-    return target + stride * (SIDE * (tile // 2)) + ROW_BYTES * (tile % 2)
+    tiles.multiply_block(code)

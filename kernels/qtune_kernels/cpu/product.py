@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from qtune_kernels.cpu import team, tiles
-from qtune_kernels.cpu.decode import SEGMENT
-from qtune_kernels.cpu.gemm import BLOCK, SUMS, multiply
-from qtune_kernels.cpu.tiles import DEPTH, TILE_BYTES
+from qtune_kernels.cpu.gemm import BLOCK, multiply
+from qtune_kernels.cpu.tiles import DEPTH, SUMS, TILE_BYTES
 from qtune_kernels.dequantize import Codes
+from qtune_kernels.packing import SEGMENT
 from qtune_kernels.scales import dynamic_map
 from qtune_kernels.scratch import scratch
 

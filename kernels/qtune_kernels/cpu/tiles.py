@@ -7,12 +7,13 @@ side, for n = 0..15. Linux hands these registers out only to processes that ask 
 
 import ctypes
 import platform
+from collections.abc import Callable
 from functools import cache
 
 from llvmlite import ir
 
 from qtune_kernels.cpu.processor import features
-from qtune_kernels.cpu.simd import I8, Code, Value
+from qtune_kernels.cpu.simd import I8, I64, Code, Operand, Value
 
 SIDE = 16
 ROW_BYTES = 64
@@ -20,6 +21,11 @@ TILE_BYTES = SIDE * ROW_BYTES
 # the depth of one multiplication, in bf16 elements
 DEPTH = 32
 NUM_TILES = 8
+# registers for the sums of a block of 32 rows and 32 columns, and for its factors
+SUMS, LEFT, RIGHT = (0, 1, 2, 3), (4, 5), (6, 7)
+# of two vectors of 32: element i of one, then of the other, for the first 16 and for the last
+LOW_PAIRS = [i // 2 + DEPTH * (i % 2) for i in range(DEPTH)]
+HIGH_PAIRS = [lane + SIDE for lane in LOW_PAIRS]
 # arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA)
 SYSCALL, REQUEST, TILE_DATA = 158, 0x1023, 18
 
@@ -71,6 +77,28 @@ def multiply(code: Code, sums: int, left: int, right: int) -> None:
     """Add a product of two registers to a third."""
     numbers = (_number(code, tile) for tile in (sums, left, right))
     code.call("llvm.x86.tdpbf16ps", ir.VoidType(), *numbers)
+
+
+def clear(code: Code) -> None:
+    """Begin the sums of a block at zero."""
+    for tile in SUMS:
+        zero(code, tile)
+
+
+def move_sums(
+    code: Code, move: Callable[[Code, int, Value, Value], None], block: Value, stride: Operand
+) -> None:
+    """Load or store the sums of a block of float32 whose rows are `stride` bytes apart."""
+    step = code.value(stride, I64)
+    for tile in SUMS:
+        corner = block + step * (SIDE * (tile // 2)) + ROW_BYTES * (tile % 2)
+        move(code, tile, corner, step)
+
+
+def multiply_block(code: Code) -> None:
+    """Add the products of both left with both right factors to the sums."""
+    for tile in SUMS:
+        multiply(code, tile, LEFT[tile // 2], RIGHT[tile % 2])
 
 
 def transpose(rows: list[Value]) -> list[Value]:

@@ -6,7 +6,7 @@ from qtune_kernels.cpu import tiles
 from qtune_kernels.cpu.gemm import PAIRS, WORDS
 from qtune_kernels.cpu.jit import Integer, KernelCode, Pointer, kernel
 from qtune_kernels.cpu.simd import I64
-from qtune_kernels.cpu.tiles import DEPTH, SIDE
+from qtune_kernels.cpu.tiles import DEPTH, HIGH_PAIRS, LOW_PAIRS, SIDE
 
 
 @kernel
@@ -23,9 +23,8 @@ def _transpose(
     with code.share(num_rows // DEPTH) as block:
         start = tall + block * DEPTH * stride
         rows = [code.load(start + stride * row, WORDS, live) for row in range(DEPTH)]
-        for half in range(2):
+        for half, lanes in enumerate((LOW_PAIRS, HIGH_PAIRS)):
             # element r of two neighbouring rows side by side, as one of 16 int32
-            lanes = [SIDE * half + i // 2 + DEPTH * (i % 2) for i in range(DEPTH)]
             pairs = [rows[i].shuffle(rows[i + 1], lanes) for i in range(0, DEPTH, 2)]
             for i, column in enumerate(tiles.transpose([pair.bits(PAIRS) for pair in pairs])):
                 at = (num_rows * (SIDE * half + i) + block * DEPTH) * 2

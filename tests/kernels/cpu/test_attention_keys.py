@@ -40,11 +40,11 @@ def _products(
         for place, right in enumerate((keys.scoring(block), keys.valuing(block))):
             parts.score(code, left, right, target + place * parts.SCORES_BYTES, WIDTH)
         for column in range(WIDTH // 32):
-            parts.clear(code)
+            tiles.clear(code)
             right = keys.paired(block, code.integer(column))
             parts.multiply_add(code, weights, tiles.ROW_BYTES, right, tiles.TILE_BYTES)
             at = target + (2 + column) * parts.SCORES_BYTES
-            parts.move_sums(code, tiles.store, at, parts.SCORES_ROW)
+            tiles.move_sums(code, tiles.store, at, parts.SCORES_ROW)
     tiles.release(code)
 
 

@@ -46,7 +46,7 @@ def _add(code: KernelCode, sums: Pointer, left: Pointer, right: Pointer, fresh: 
     tiles.configure(code)
     parts.open_sums(code, sums, fresh=fresh.equals(1))
     parts.multiply_add(code, left, tiles.ROW_BYTES, right, tiles.TILE_BYTES)
-    parts.move_sums(code, tiles.store, sums, parts.SCORES_ROW)
+    tiles.move_sums(code, tiles.store, sums, parts.SCORES_ROW)
     tiles.release(code)
 
 
