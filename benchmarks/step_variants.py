@@ -20,16 +20,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging
 
-from qtune.data.chat import Sample
 from qtune.data.collate import ROW_MULTIPLE, collate
-from qtune.data.rows import Row
+from qtune.data.sample import Sample
 from qtune.environment import environment
 from qtune.machine import keeping_freed_memory
 from qtune.model.forward import check_packing
 from qtune.model.load import add_adapter, load_base, load_tokenizer
 from qtune.recipe import Lora, Quant, Train
-from qtune.train.objectives import sft
-from qtune.train.optim import adamw
+from qtune.train.objective import load_objective
+from qtune.train.optim import make_optimizer
 
 CPU = torch.device("cpu")
 LORA = Lora()
@@ -56,12 +55,14 @@ def qtune_nf4(folder: Path, ids: Tensor) -> tuple[nn.Module, MeanLoss]:
     check_packing(base)
     model = add_adapter(base, LORA)
     rows = enumerate(ids.tolist())
-    samples = [Sample(Row("text", i, []), row, [True] * len(row)) for i, row in rows]
+    samples = [Sample(f"text:{i}", row, [0.0] + [1.0] * (len(row) - 1)) for i, row in rows]
     batch = collate(samples, multiple=ROW_MULTIPLE)
+    objective = load_objective(TRAIN)
+    num_targets = objective.count(samples)
 
     def mean_loss() -> Tensor:
-        total, count = sft.loss(model, batch)
-        return total / count
+        total, _ = objective.loss(model, batch, None)
+        return total / num_targets
 
     return model, mean_loss
 
@@ -103,7 +104,7 @@ def serve(name: str, task: Task, parent: Connection) -> None:
     model, mean_loss = VARIANTS[name](task.model, token_ids(task))
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = adamw(trained, TRAIN)
+    optimizer = make_optimizer(model, TRAIN)
     parent.send(environment(CPU))
     # as `qtune train` does; the peers' programs leave the allocator alone
     with keeping_freed_memory() if name.startswith("qtune") else nullcontext():

@@ -20,10 +20,15 @@ class Bench:
 
     def __init__(self, setup: Setup) -> None:
         settings = setup.recipe.evaluate
-        samples = setup.data.held_out[: settings.loss_rows]
-        groups = micro_batches(samples, setup.recipe.train.micro_batch_tokens)
+        # of a pair, the likelihood of the better answer is what tells something
+        samples = [sample.chosen() for sample in setup.data.held_out[: settings.loss_rows]]
+        packing = setup.recipe.data.packing
+        # models that other libraries load do not pack, and see each sample in a row of its own
+        groups = micro_batches(samples, setup.recipe.train.micro_batch_tokens, packing=False)
         self._setup, self._settings = setup, settings
-        self._batches = [collate(group, setup.device, multiple=ROW_MULTIPLE) for group in groups]
+        self._batches = [
+            collate(group, setup.device, multiple=ROW_MULTIPLE, packing=packing) for group in groups
+        ]
         self._reference: Reference | None = None
         self.test = setup.data.test[: settings.answer_rows]
         self.references = [row.messages[-1]["content"] for row in self.test]

@@ -1,14 +1,14 @@
 """`qtune chat`: talk to a base model or to a finished run, word by word as the answer comes.
 
 The conversation is rendered by the same code as the training rows, and decoded greedily as in the
-evaluation, so what is seen here is what was trained and measured. A run also starts with the system
-message of its data: without the words it was trained under, a tuned model is another model. The
-whole conversation is read anew at each turn: some templates change earlier turns, which a kept
-cache would not notice.
+evaluation, so what is seen here is what was trained and measured; a run whose chat template is no
+longer the one it was trained with is refused. A run also starts with the system message of its
+data: without the words it was trained under, a tuned model is another model. The whole conversation
+is read anew at each turn: some templates change earlier turns, which a kept cache would not notice.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,17 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from qtune import run_folder
 from qtune.data.chat import prompt_ids
+from qtune.data.rows import Message
 from qtune.data.sources import load as load_rows
+from qtune.data.template import use_template
 from qtune.errors import UserError
 from qtune.evaluate.generate import generate_ids, stop_ids
 from qtune.evaluate.mode import measuring
+from qtune.export.folder import template
 from qtune.model.forward import inner_model
 from qtune.model.load import load_base, load_tokenizer, register
 from qtune.model.sources import resolve
-from qtune.recipe import Data
+from qtune.recipe_data import Data, sources
 
 HELP = """\
 /reset starts over, /system TEXT starts over with that system message (none without TEXT),
@@ -45,7 +48,7 @@ class Partner:
     tokenizer: PreTrainedTokenizerBase
     system: str = ""
 
-    def reply(self, messages: list[dict[str, str]], write: Write, max_new_tokens: int) -> str:
+    def reply(self, messages: list[Message], write: Write, max_new_tokens: int) -> str:
         """The assistant's next message, sent to `write` as it comes; shorter after Ctrl-C."""
         device = inner_model(self.model).device
         ids = torch.tensor([prompt_ids(self.tokenizer, messages)], device=device)
@@ -87,7 +90,8 @@ def chat(partner: Partner, read: Read, write: Write, *, max_new_tokens: int = 51
 def open_partner(source: str, device: torch.device, report: Callable[[str], None]) -> Partner:
     """The model of a run folder (quantized base and adapter), or any model that a recipe can name.
 
-    Raises UserError where there is neither, or where the run has no adapter yet.
+    Raises UserError where there is neither, where the run has no adapter yet, and where it was
+    trained with another chat template than the one that is there now.
     """
     register()
     if (Path(source) / "recipe.yaml").is_file():
@@ -106,19 +110,24 @@ def _open_run(path: Path, device: torch.device, report: Callable[[str], None]) -
         )
     folder = resolve(recipe.model, revision=recipe.revision, report=report)
     trust: dict[str, Any] = {"trust_remote_code": recipe.trust_remote_code}
+    tokenizer = load_tokenizer(folder, **trust)
+    use_template(tokenizer, recipe.data.template)
+    template.check(run.adapter, tokenizer)
     base = load_base(folder, recipe.quant, device=device, **trust)
     model = PeftModel.from_pretrained(base, run.adapter)
-    return Partner(model, load_tokenizer(folder, **trust), _system_message(recipe.data, report))
+    return Partner(model, tokenizer, _system_message(recipe.data, report))
 
 
 def _system_message(data: Data, report: Callable[[str], None]) -> str:
     """The system message of the first row; empty where it has none or the data is gone, said so."""
+    held_out = None if isinstance(data.validation, float) else data.validation
+    source = sources(data.test or held_out or data.train)[0]
     try:
-        first = load_rows(data.test or data.validation or data.train)[0].messages[0]
+        first = load_rows(replace(source, rows=1))[0].messages[0]
     except UserError as error:
         report(f"starting without the system message of the run's data: {error}")
         return ""
-    return first["content"] if first["role"] == "system" else ""
+    return str(first["content"]) if first["role"] == "system" else ""
 
 
 class _Pieces(TextStreamer):
@@ -135,7 +144,7 @@ class _Pieces(TextStreamer):
         self._write(text + "\n" if stream_end else text)
 
 
-def _opening(partner: Partner, write: Write) -> list[dict[str, str]]:
+def _opening(partner: Partner, write: Write) -> list[Message]:
     """The messages a new conversation starts with, which are also shown."""
     if not partner.system:
         return []

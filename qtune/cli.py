@@ -1,7 +1,8 @@
 """The command line: one verb per stage. Parses, calls `qtune.run`, prints errors.
 
-Exit codes: 0 done, 2 something the user can mend (the message says how), 130 interrupted. What is
-not expected keeps its traceback. Nothing heavy is imported before a verb is known.
+Exit codes: 0 done, 2 something the user can mend (the message says how), 130 interrupted by Ctrl-C,
+143 by SIGTERM. What is not expected keeps its traceback. Nothing heavy is imported before a verb is
+known.
 """
 
 import argparse
@@ -17,19 +18,25 @@ from importlib.metadata import version
 from pathlib import Path
 
 from qtune.errors import UserError
+from qtune.interrupt import Interrupted, at_once
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code."""
-    chosen = _parse(arguments)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    chosen = _parse(given)
     try:
+        if _wants_ranks(chosen):
+            from qtune import launch
+
+            return launch.start(given, chosen.nproc)
         _run(chosen)
     except UserError as error:
         _complain(f"error: {error}")
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as end:
         _complain(f"interrupted{_how_to_go_on(chosen)}")
-        return 130
+        return end.exit_code if isinstance(end, Interrupted) else 130
     return 0
 
 
@@ -41,7 +48,16 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         chosen.overrides += rest
+    if "allow" in chosen:
+        # of what stands behind --allow, KEY=VALUE is an override
+        chosen.overrides += [text for text in chosen.allow if "=" in text]
+        chosen.allow = [text for text in chosen.allow if "=" not in text]
     return chosen
+
+
+def _wants_ranks(chosen: argparse.Namespace) -> bool:
+    """Whether this process is to start the ranks of a run, and is none of them itself."""
+    return chosen.verb == "train" and chosen.nproc is not None and "RANK" not in os.environ
 
 
 def _complain(text: str) -> None:
@@ -51,10 +67,19 @@ def _complain(text: str) -> None:
 
 
 def _how_to_go_on(chosen: argparse.Namespace) -> str:
-    if chosen.verb != "train":
+    """The command that resumes a run, once there is something to resume."""
+    if chosen.verb != "train" or not _has_begun(chosen):
         return ""
-    command = shlex.join(["qtune", "train", str(chosen.recipe), *chosen.overrides, "--resume"])
-    return f"; `{command}` goes on from the last checkpoint"
+    ranks = [] if chosen.nproc is None else ["--nproc", str(chosen.nproc)]
+    words = ["qtune", "train", str(chosen.recipe), *chosen.overrides, *ranks, "--resume"]
+    return f"; `{shlex.join(words)}` goes on from the last checkpoint"
+
+
+def _has_begun(chosen: argparse.Namespace) -> bool:
+    from qtune import recipe_yaml
+
+    recipe = recipe_yaml.load(chosen.recipe, chosen.overrides)
+    return (recipe.run / "recipe.yaml").is_file()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,9 +92,21 @@ def _parser() -> argparse.ArgumentParser:
     train = verbs.add_parser("train", help="train, evaluate, merge, export and report")
     _add_recipe(train)
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    train.add_argument(
+        "--allow",
+        nargs="+",
+        default=[],
+        metavar="KEY",
+        help="with --resume: keys or sections of the recipe that may have changed, e.g. train.lr",
+    )
+    train.add_argument("--nproc", type=int, metavar="N", help="train on N devices of this machine")
 
     check = verbs.add_parser("check", help="validate, plan and show samples; no training")
     _add_recipe(check)
+    check.add_argument(
+        "--memory", metavar="SIZE", help="plan for GPUs that are not here, e.g. 24GiB"
+    )
+    check.add_argument("--nproc", type=int, default=1, metavar="N", help="plan for N devices")
 
     for verb, text in (
         ("eval", "measure a run's base, quantized and tuned model again"),
@@ -125,10 +162,10 @@ def _run(chosen: argparse.Namespace) -> None:
 
             if chosen.verb == "train":
                 # whoever stops the run this way is also told how to go on
-                signal.signal(signal.SIGTERM, signal.default_int_handler)
-                run.train(recipe, resume=chosen.resume)
+                signal.signal(signal.SIGTERM, at_once)
+                run.train(recipe, resume=chosen.resume, allow=chosen.allow)
             else:
-                run.check(recipe)
+                run.check(recipe, chosen.memory, chosen.nproc)
         case "chat":
             _quiet_libraries()
             from qtune import chat

@@ -2,30 +2,33 @@
 
 The step is run once, forward and backward, on the `meta` device, where tensors have shapes and no
 data. Whatever it keeps and makes again there is what it keeps and makes again in training, so the
-count follows every architecture, recipe and policy of recomputation.
+count follows every architecture, objective, recipe and policy of recomputation.
+
+Where the base is sharded (FSDP2), a device holds its share of every tensor, and for the time they
+run the whole tensors of a block; see `_sharded`.
 """
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
-from qtune.data.collate import Batch
+from qtune.data.collate import ROW_MULTIPLE, Batch, collate
+from qtune.data.sample import Sample
 from qtune.live_bytes import LiveBytes
-from qtune.model import attention
-from qtune.model.forward import forward_logits
+from qtune.meta_mode import as_on
+from qtune.model.forward import forward_logits, packs
 from qtune.model.head import output_head
 from qtune.quant.linear import QuantLinear
+from qtune.recipe import Recipe, Train
 from qtune.train import recompute
-from qtune.train.objectives import sft
+from qtune.train.objective import Step, load_objective
+from qtune.train.optim import state_bytes
 
-# AdamW keeps two moments beside each float32 weight and its gradient
-MOMENTS = 2
+# blocks that are whole at a time where the base is sharded: the one that runs and the next
+WHOLE_BLOCKS = 2
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Memory:
     gradients: int
     """Their gradients."""
     optimizer: int
-    """AdamW's moments."""
+    """What the optimizer keeps beside each weight, and the moving average if there is one."""
     activations: int
     """What lies between forward and backward of the largest micro-batch, logits apart. On CUDA rows
     with room for an adapter (`rows.wanted_room`) take 64/I more, which is not in it."""
@@ -50,6 +53,8 @@ class Memory:
     """As many logits as the loss holds at a time, or the gradient of all of them."""
     temporary: int
     """The largest matrix while it is dequantized."""
+    gathered: int = 0
+    """Where the base is sharded: blocks that are whole while they run, and what is in no block."""
 
     @property
     def total(self) -> int:
@@ -58,41 +63,87 @@ class Memory:
 
 
 def training_memory(
-    model: nn.Module, batch: Batch, device: torch.device, policy: recompute.Policy
+    model: nn.Module,
+    samples: Sequence[Sample],
+    device: torch.device,
+    policy: recompute.Policy,
+    recipe: Recipe,
+    num_shards: int = 1,
 ) -> Memory:
-    """The bytes of a step on `device` whose largest micro-batch is `batch`.
+    """The bytes of a step on one `device` whose largest micro-batch holds these samples.
 
-    Model and batch are on `meta`; the model is left in training, with that policy. Raises
-    ChangedInPlaceError where the model cannot follow it.
+    The model is on `meta` and left in training, with that policy; the parameters are spread over
+    `num_shards` devices. Raises ChangedInPlaceError where the model cannot follow the policy.
     """
+    collated = partial(
+        collate,
+        device="meta",
+        multiple=ROW_MULTIPLE,
+        packing=recipe.data.packing and packs(model),
+    )
     trained = [p for p in model.parameters() if p.requires_grad]
     size = sum(p.nbytes for p in trained)
     recompute.use(model.train(), policy)
-    fused = _FusedAttention()
-    with fused, attention.standing_for(device.type), recompute.changes_reported():
-        _attend_when_recomputed(model, fused)
-        kept, peak = _run_step(model, batch, trained)
-    logits, are_kept = _logits(model, batch, device)
-    return Memory(
+    with as_on(device, model), recompute.changes_reported():
+        kept, peak = _run_step(model, samples, collated, recipe.train)
+        logits, are_kept = _logits(model, collated(samples), device)
+    whole = Memory(
         weights=sum(p.nbytes for p in model.parameters() if not p.requires_grad),
         adapter=size,
         gradients=size,
-        optimizer=MOMENTS * size,
+        optimizer=state_bytes(model, recipe.train),
         activations=kept - logits if are_kept else kept,
         backward=peak - kept,
         logits=logits,
         temporary=_largest_dense(model),
     )
+    return whole if num_shards == 1 else _sharded(whole, model, num_shards)
 
 
-def _run_step(model: nn.Module, batch: Batch, trained: list[nn.Parameter]) -> tuple[int, int]:
+def _sharded(whole: Memory, model: nn.Module, num_shards: int) -> Memory:
+    """The bytes of one device where FSDP2 spreads all parameters over several.
+
+    Each holds a share of parameters and optimizer state. Whole are the block that runs, the next
+    one, which is fetched meanwhile, and all that is in no block (embeddings, output layer), which
+    stays whole from forward to backward pass. When a step begins, what was received of the latter
+    lies beside it for a moment, in which there are no activations yet. Gradients of adapters are
+    summed whole over a step's micro-batches and shared out at its end.
+    """
+    blocks = [_parameter_bytes(block) for block in recompute.blocks(model)]
+    around = _parameter_bytes(model) - sum(blocks)
+    later = whole.activations + whole.backward + whole.logits + whole.temporary
+
+    def part(size: int) -> int:
+        return -(-size // num_shards)
+
+    return replace(
+        whole,
+        weights=part(whole.weights),
+        adapter=part(whole.adapter),
+        gradients=whole.gradients + part(whole.gradients),
+        optimizer=part(whole.optimizer),
+        gathered=around + WHOLE_BLOCKS * max(blocks, default=0) + max(0, around - later),
+    )
+
+
+def _parameter_bytes(module: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())
+
+
+def _run_step(
+    model: nn.Module, samples: Sequence[Sample], collated: Callable[..., Batch], settings: Train
+) -> tuple[int, int]:
     """Bytes between forward and backward pass, and the most at any moment, without parameters."""
+    objective = load_objective(settings)
+    step = Step(samples, batches=lambda others: [collated(others)], total=lambda tensor: tensor)
     # as in every micro-batch but the first, gradients are there and are added to
+    trained = [p for p in model.parameters() if p.requires_grad]
     gradients = [torch.zeros_like(parameter) for parameter in trained]
     for parameter, gradient in zip(trained, gradients, strict=True):
         parameter.grad = gradient
+    batch = collated(samples)
     with LiveBytes([*model.parameters(), *model.buffers(), *gradients]) as live:
-        loss, _ = sft.loss(model, batch)
+        loss, _ = objective.loss(model, batch, objective.shared(model, step))
         kept = live.now
         torch.autograd.backward(loss)
     for parameter in trained:
@@ -107,50 +158,6 @@ def _logits(model: nn.Module, batch: Batch, device: torch.device) -> tuple[int, 
         return head.logits_bytes(len(batch.targets), device), False
     with torch.no_grad():
         return forward_logits(model, batch).nbytes, True
-
-
-def _attend_when_recomputed(model: nn.Module, fused: "_FusedAttention") -> None:
-    """Let blocks run in that mode the second time too; the backward pass leaves modes behind."""
-    for block in recompute.blocks(model):
-        run: Any = block._gradient_checkpointing_func
-        within: Any = partial(_run_attending, run, fused)
-        block._gradient_checkpointing_func = within
-
-
-def _run_attending(
-    run: Callable[..., Any], fused: "_FusedAttention", block: Callable[..., Any], *inputs: Any
-) -> Any:
-    def attending(*inputs: Any) -> Any:
-        with fused:
-            return block(*inputs)
-
-    return run(attending, *inputs)
-
-
-class _FusedAttention(TorchFunctionMode):
-    """On `meta`, attention as devices run it: PyTorch would take the path that keeps [T, T]."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        return _fused_attention(*args, **kwargs)
-
-
-def _fused_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    # the mask is not kept, and what it hides changes no shape
-    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    y: Tensor = fused(q, k, v, dropout_p, is_causal, scale=scale)[0]
-    return y
 
 
 def _largest_dense(model: nn.Module) -> int:

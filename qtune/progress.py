@@ -30,7 +30,7 @@ LINE_EVERY = 15.0
 class Bar:
     """Progress of one piece of work: `advance` it, with a few words on how it goes."""
 
-    def __init__(self, title: str, total: int, done: int, progress: Progress | None) -> None:
+    def __init__(self, title: str, total: int | None, done: int, progress: Progress | None) -> None:
         self._title, self._total, self._done = title, total, done
         self._progress = progress
         self._task: TaskID | None = None
@@ -49,17 +49,21 @@ class Bar:
 
     def _say(self, words: str) -> None:
         now = time.monotonic()
-        left = (now - self._started) / (self._done - self._first) * (self._total - self._done)
+        passed = now - self._started
         self._spoke = now
+        if self._total is None:
+            console.print(f"{self._title} {self._done} {words} {_minutes(passed)} done")
+            return
+        left = passed / (self._done - self._first) * (self._total - self._done)
         console.print(
             f"{self._title} {self._done}/{self._total} {words} "
-            f"{_minutes(now - self._started)} done, {_minutes(left)} to go"
+            f"{_minutes(passed)} done, {_minutes(left)} to go"
         )
 
 
 @contextmanager
-def bar(title: str, total: int, done: int = 0) -> Iterator[Bar]:
-    """A Bar that is shown while the block runs."""
+def bar(title: str, total: int | None = None, done: int = 0) -> Iterator[Bar]:
+    """A Bar that is shown while the block runs; without a total where the end is not known."""
     if not console.is_terminal or console.quiet:
         yield Bar(title, total, done, None)
         return

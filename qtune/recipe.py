@@ -10,32 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from qtune.errors import UserError
+from qtune.errors import UserError, check_at_least
+from qtune.recipe_data import Data
+from qtune.recipe_train import Train
 
 FormatName = Literal["nf4", "int8"]
 ExportName = Literal["adapter", "bf16", "bitsandbytes", "qtune"]
 
-
-@dataclass(frozen=True, kw_only=True)
-class Data:
-    """Where the conversations come from and how they are read."""
-
-    train: str
-    """Training rows: a JSONL file with `messages`, a hub dataset id, or `demo:train`."""
-    validation: str | None = None
-    """Rows for the held-out loss during training; none: 5 % of the training rows are set aside."""
-    test: str | None = None
-    """Rows for the exact-match score; the last message of each is the expected answer."""
-    max_length: int = 1024
-    """Longest sample in tokens; a longer one is an error unless `truncate` is true."""
-    truncate: bool = False
-    """Cut samples at `max_length` instead of refusing them; their end goes untrained."""
-    train_on: Literal["assistant", "last", "all"] = "assistant"
-    """Which tokens are supervised: every assistant turn, the last one, or all text."""
-
-    def __post_init__(self) -> None:
-        if self.max_length < 8:
-            raise UserError(f"data.max_length ({self.max_length}) must be at least 8")
+__all__ = ["Data", "Evaluate", "Log", "Lora", "Merge", "Quant", "Recipe", "Train"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +50,8 @@ class Lora:
     """Dropout on the adapter's input."""
     target_modules: str | tuple[str, ...] = "all-linear"
     """Layers that get an adapter: `all-linear` or the last parts of their names."""
+    experts: bool = False
+    """Adapters on the experts of a mixture too; such an adapter can only be exported merged."""
     rslora: bool = False
     """Rank-stabilised scaling (arXiv 2312.03732)."""
     dora: bool = False
@@ -84,63 +68,8 @@ class Lora:
             raise UserError(f"lora.rank ({self.rank}) must be at least 1")
         if not 0 <= self.dropout < 1:
             raise UserError(f"lora.dropout ({self.dropout}) must be in [0, 1)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Train:
-    """The optimization."""
-
-    steps: int | None = None
-    """Optimizer steps; give this or `epochs`."""
-    epochs: float | None = None
-    """Passes over the training rows; give this or `steps`."""
-    batch_size: int = 16
-    """Samples per optimizer step, over all devices."""
-    micro_batch_tokens: int = 4096
-    """Most tokens in one forward pass on one device; the rest of the batch is accumulated."""
-    lr: float = 2e-4
-    """Peak learning rate."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the learning rate after warm-up; cosine and linear end at zero."""
-    warmup_steps: int = 0
-    """Steps of linear warm-up."""
-    weight_decay: float = 0.0
-    """AdamW weight decay."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW moment decay rates."""
-    max_grad_norm: float | None = 1.0
-    """Gradients are scaled down to this norm; null switches clipping off."""
-    recompute: Literal["auto", "none", "cheap", "all"] = "auto"
-    """Redone in the backward pass: none, cheap (no matrix product), all; auto: what must be."""
-    eval_every: int = 50
-    """Steps between held-out losses; 0 evaluates only at the end."""
-    save_every: int = 100
-    """Steps between checkpoints; 0 saves only at the end."""
-    keep: int = 2
-    """Checkpoints that are kept."""
-
-    def __post_init__(self) -> None:
-        if (self.steps is None) == (self.epochs is None):
-            raise UserError("train needs either steps or epochs, and not both")
-        if self.steps is not None and self.steps < 1:
-            raise UserError(f"train.steps ({self.steps}) must be at least 1")
-        if self.epochs is not None and self.epochs <= 0:
-            raise UserError(f"train.epochs ({self.epochs}) must be positive")
-        if self.lr <= 0:
-            raise UserError(f"train.lr ({self.lr}) must be positive")
-        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
-            raise UserError(
-                f"train.max_grad_norm ({self.max_grad_norm}) must be positive, or null for none"
-            )
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(f"train.betas ({list(self.betas)}) must be in [0, 1)")
-        _at_least(self, "train", 1, "batch_size", "micro_batch_tokens", "keep")
-        _at_least(self, "train", 0, "warmup_steps", "weight_decay", "eval_every", "save_every")
-        if self.steps is not None and self.warmup_steps >= self.steps:
-            raise UserError(
-                f"train.warmup_steps ({self.warmup_steps}) must be less than "
-                f"train.steps ({self.steps})"
-            )
+        if self.dora and self.experts:
+            raise UserError("lora.dora is not for lora.experts; leave one of them out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,8 +88,8 @@ class Evaluate:
     """Answers generated at a time."""
 
     def __post_init__(self) -> None:
-        _at_least(self, "evaluate", 1, "loss_rows", "max_new_tokens")
-        _at_least(self, "evaluate", 0, "answer_rows")
+        check_at_least(self, "evaluate", 1, "loss_rows", "max_new_tokens")
+        check_at_least(self, "evaluate", 0, "answer_rows")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,11 +108,15 @@ class Log:
 
     wandb: str | None = None
     """Weights & Biases project; null switches it off (WANDB_MODE=offline works)."""
+    tensorboard: bool = False
+    """Write TensorBoard events under `tensorboard/` in the run folder (needs tensorboard)."""
+    mlflow: str | None = None
+    """MLflow experiment; null switches it off (needs mlflow; its own variables say where)."""
     every: int = 1
     """Steps between lines in metrics.jsonl."""
 
     def __post_init__(self) -> None:
-        _at_least(self, "log", 1, "every")
+        check_at_least(self, "log", 1, "every")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,10 +146,11 @@ class Recipe:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed ({self.seed}) must be at least 0 and less than 2**32")
-
-
-def _at_least(section: object, name: str, least: int, *keys: str) -> None:
-    for key in keys:
-        value = getattr(section, key)
-        if value < least:
-            raise UserError(f"{name}.{key} ({value}) must be at least {least}")
+        if self.data.streaming and self.train.steps is None:
+            raise UserError("data.streaming needs train.steps: the end of a stream is not known")
+        if self.data.overlong == "split" and self.train.objective != "pretrain":
+            raise UserError(
+                "data.overlong: split is for train.objective: pretrain; truncate or drop long rows"
+            )
+        if self.train.sample_every and self.data.test is None:
+            raise UserError("train.sample_every needs data.test: its rows are what is answered")

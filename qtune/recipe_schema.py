@@ -86,9 +86,12 @@ def _mistakes(errors: Iterable["ErrorDetails"], values: Any) -> list[Mistake]:
             mistakes.append(Mistake(keys, str(error["ctx"]["error"]), "fields"))
         else:
             wrong[keys].append(error)
+    deepest = [mistake.keys for mistake in mistakes] + [keys for keys in wrong if keys]
     for keys, group in wrong.items():
-        # `target_modules: [q_proj, 3]` is not text, but what its author got wrong is the 3
-        if not any(other[: len(keys)] == keys for other in wrong if len(other) > len(keys)):
+        # `target_modules: [q_proj, 3]` is not text, but what its author got wrong is the 3; and a
+        # mapping with a misspelt key was meant to be one
+        inside = [other for other in deepest if other[: len(keys)] == keys]
+        if inside == [keys]:
             mistakes.append(Mistake(keys, _wrong(group, _get(values, keys)), "value"))
     return mistakes
 
@@ -112,16 +115,33 @@ def _get(values: Any, keys: Keys) -> Any:
 
 def known_keys(section: Keys) -> dict[str, str]:
     """Return the keys that the mapping at `section` may have, with their help texts."""
-    schema = json_schema()
-    node = schema
+    properties = _node(section)["properties"]
+    return {name: entry.get("description", "") for name, entry in properties.items()}
+
+
+def _node(section: Keys) -> dict[str, Any]:
+    """The schema of the mapping at `section`."""
+    node = schema = json_schema()
     for key in section:
-        node = schema["$defs"][node["properties"][key]["$ref"].rpartition("/")[2]]
-    return {name: entry.get("description", "") for name, entry in node["properties"].items()}
+        # the items of a list are known at its field
+        if isinstance(key, str):
+            node = schema["$defs"][_mapping_of(node["properties"][key])]
+    return node
 
 
-def _sections() -> list[Keys]:
-    fields = json_schema()["properties"].items()
-    return [(), *((name,) for name, entry in fields if "$ref" in entry)]
+def _mapping_of(field: Any) -> str:
+    """The name of the mapping that a field of the schema may be, or hold as items; or nothing."""
+    if "$ref" in field:
+        return str(field["$ref"]).rpartition("/")[2]
+    inside = [*field.get("anyOf", ()), *filter(None, [field.get("items")])]
+    return next((name for each in inside if (name := _mapping_of(each))), "")
+
+
+def _sections(section: Keys = ()) -> list[Keys]:
+    """The mappings of a recipe, outermost first."""
+    fields = _node(section)["properties"].items()
+    inner = [(*section, name) for name, field in fields if "$ref" in field]
+    return [section, *(found for each in inner for found in _sections(each))]
 
 
 def _unknown(keys: Keys) -> str:

@@ -14,7 +14,12 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
-REGISTERS = {"transformers.modeling_utils": "qtune.model.quantizer", "peft": "qtune.model.lora"}
+REGISTERS = {
+    "transformers.modeling_utils": "qtune.model.quantizer",
+    "peft": "qtune.model.lora",
+    "qtune.model.quantizer": "qtune.model.quantizer",
+    "qtune.model.lora": "qtune.model.lora",
+}
 
 
 def install() -> None:
@@ -28,7 +33,10 @@ def install() -> None:
 
 
 def _register(name: str) -> None:
-    import_module(REGISTERS[name]).register()
+    module = import_module(REGISTERS[name])
+    # one that is itself being imported, and has brought the library in, has its turn at its end
+    if hasattr(module, "register"):
+        module.register()
 
 
 class _Finder(MetaPathFinder):

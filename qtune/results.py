@@ -12,14 +12,19 @@ from peft import PeftModel
 from torch import nn
 
 from qtune.bench import Bench, weight_bytes
+from qtune.data.rows import Message
+from qtune.data.sample import Sample
 from qtune.evaluate import compare
 from qtune.evaluate.compare import Kind, Merge, Row, Table
 from qtune.evaluate.exact_match import matches
 from qtune.evaluate.generate import Answers
 from qtune.export import exporter, verify
+from qtune.export.folder import template
 from qtune.export.folder.trained import Trained
+from qtune.machine import available_bytes
 from qtune.model.load import load_base
 from qtune.model.merge import Onto
+from qtune.progress import console
 from qtune.run_folder import RunFolder
 from qtune.setup import Setup
 
@@ -52,8 +57,10 @@ class Results:
             model = self._trained.model
             with model.disable_adapter():
                 self._add(f"base {self._format}", "quantized", model, size_bytes=self._base_bytes)
-        base = load_base(self._setup.base, None, device=self._setup.device)
         size = weight_bytes(self._setup.base)
+        if not self._fits("base 16-bit", size):
+            return
+        base = load_base(self._setup.base, None, device=self._setup.device)
         _, before = self._add("base 16-bit", "base", base, size_bytes=size)
         if before is not None and self._tuned is not None:
             self._run.write("samples.json", self._samples(before, self._tuned))
@@ -67,9 +74,16 @@ class Results:
                 self._export(name, self._trained, name, f"export {name}")
 
     def _merge(self) -> None:
-        """Merge onto each base the recipe allows, measure, and keep the one with the lower loss."""
-        rows = {onto: self._merge_onto(onto) for onto in self._merge_bases()}
-        best = min(rows, key=lambda onto: rows[onto].loss)
+        """Merge onto each base the recipe allows, measure, and keep the one with the lower loss.
+
+        Where a merged model is too large to be measured, only the last is written: the trained one.
+        """
+        bases = self._merge_bases()
+        if not self._fits("export bf16", weight_bytes(self._setup.base)):
+            bases = bases[-1:]
+        rows = {onto: self._merge_onto(onto) for onto in bases}
+        measured = {onto: row for onto, row in rows.items() if row is not None}
+        best = min(measured, key=lambda onto: measured[onto].loss) if measured else bases[-1]
         for onto in rows:
             folder = self._run.exports / f"bf16-{onto}"
             if onto == best:
@@ -77,9 +91,11 @@ class Results:
                 folder.rename(self._run.exports / "bf16")
             else:
                 shutil.rmtree(folder)
-        losses = ", ".join(f"{row.loss:.4f} onto {onto}" for onto, row in rows.items())
-        self.table.merge = Merge(best, f"held-out loss {losses}")
-        self._put(replace(rows[best], name="export bf16", kind="export"), instead=rows[best].name)
+        losses = ", ".join(f"{row.loss:.4f} onto {onto}" for onto, row in measured.items())
+        self.table.merge = Merge(best, f"held-out loss {losses}" if losses else "not measured")
+        if best in measured:
+            row = replace(measured[best], name="export bf16", kind="export")
+            self._put(row, instead=measured[best].name)
 
     def _merge_bases(self) -> list[Onto]:
         """What the recipe lets the adapter be merged onto; without a format both are the same."""
@@ -88,26 +104,36 @@ class Results:
         wanted = self._recipe.merge.base
         return ["original", "dequantized"] if wanted == "auto" else [wanted]
 
-    def _merge_onto(self, onto: Onto) -> Row:
+    def _merge_onto(self, onto: Onto) -> Row | None:
         trained = replace(self._trained, onto=onto)
         return self._export("bf16", trained, f"bf16-{onto}", f"merged onto {onto}", kind="merged")
 
     def _export(
         self, name: str, trained: Trained, folder_name: str, title: str, kind: Kind = "export"
-    ) -> Row:
-        """Write one export, load it again, check and measure it."""
+    ) -> Row | None:
+        """Write one export, load it again, check and measure it; None where it is too large."""
         folder = exporter.export(name, trained, self._run.exports / folder_name)
+        below = weight_bytes(self._setup.base) if name == "adapter" else 0
+        if not self._fits(title, weight_bytes(folder) + below):
+            return None
         model = verify.reload(name, folder, self._setup.base, self._setup.device)
         exact = (folder / "adapter").is_dir()
         if exact:
             rows = [sample.ids for sample in self._setup.data.held_out[:NUM_CHECKED]]
             verify.check_logits(model, self._trained.model, rows)
-        first = self._setup.data.held_out[0]
-        verify.add_golden(folder, model, first.ids[: first.supervised.index(True)])
+        verify.add_golden(folder, model, prompt_of(self._setup.data.held_out[0]))
         consumer = exporter.load_exporter(name).consumer
         size = weight_bytes(folder)
         row, _ = self._add(title, kind, model, size_bytes=size, consumer=consumer, exact=exact)
         return row
+
+    def _fits(self, title: str, size: int) -> bool:
+        """Whether a model of that size can be loaded beside the trained one; it is said if not."""
+        free = available_bytes(self._setup.device)
+        if size > free:
+            sizes = f"it takes {size / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+            console.print(f"{title}: not measured, {sizes}", markup=False, soft_wrap=True)
+        return size <= free
 
     def _add(
         self, name: str, kind: Kind, model: nn.Module, **facts: Any
@@ -127,6 +153,7 @@ class Results:
 
     def _load_trained(self) -> Trained:
         recipe = self._recipe
+        template.check(self._run.adapter, self._setup.tokenizer)
         base = load_base(
             self._setup.base,
             recipe.quant,
@@ -143,7 +170,7 @@ class Results:
         rows = zip(self._bench.test, before.texts, after.texts, self._bench.references, strict=True)
         return [
             {
-                "prompt": row.messages[-2]["content"],
+                "prompt": asked_for(row.messages[:-1]),
                 "before": old,
                 "after": new,
                 "reference": reference,
@@ -152,3 +179,13 @@ class Results:
             }
             for row, old, new, reference in list(rows)[:NUM_SAMPLES]
         ]
+
+
+def prompt_of(sample: Sample) -> list[int]:
+    """The tokens before the first that is learned; of plain text, learned throughout, the first."""
+    return list(sample.ids[: sample.supervised.index(True)])
+
+
+def asked_for(messages: Sequence[Message]) -> str:
+    """The last text before an answer; messages that only call tools have none."""
+    return next((m["content"] for m in reversed(messages) if m.get("content")), "")

@@ -13,39 +13,48 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from peft import PeftModel
 
-from qtune import run_folder, show
+from qtune import run_folder, show, show_data
 from qtune.environment import environment
 from qtune.export import exporter
 from qtune.machine import Peak, available_bytes, keeping_freed_memory
 from qtune.model.forward import check_packing
-from qtune.model.load import add_adapter, load_base
-from qtune.plan import Plan, make_plan
+from qtune.model.sharded import load_adapted
+from qtune.plan import Plan, make_plan, plan_elsewhere
 from qtune.progress import console
 from qtune.recipe import Recipe
+from qtune.recipe_changes import covers
 from qtune.report import write_report
 from qtune.results import Results
 from qtune.run_folder import RunFolder
+from qtune.sampling import answers_to_test_rows
 from qtune.setup import Setup, open_setup
-from qtune.train import log, loop, recompute, state
+from qtune.train import log, loop, optim, parallel, recompute, state
+from qtune.train.keeper import check_adapter
+from qtune.train.objective import Objective, load_objective
+from qtune.train.tensors import whole_parameters
 
 
-def train(recipe: Recipe, *, resume: bool = False) -> None:
+def train(recipe: Recipe, *, resume: bool = False, allow: Sequence[str] = ()) -> None:
     """Everything: train the recipe's model, measure it, merge, export, report.
 
+    A resumed run may differ from how it began in the recipe's keys, or sections, named in `allow`.
     Raises UserError for what the user can mend; before training starts, with nothing written.
     """
     exporter.check(recipe, recipe.export, recipe.merge.quantized)
-    run_folder.check(recipe, resume=resume)
-    log.check_wandb(recipe)
-    accelerator = Accelerator(log_with="wandb" if recipe.log.wandb else None)
+    changed = run_folder.check(recipe, resume=resume, allow=allow)
+    log.check_trackers(recipe)
+    objective = load_objective(recipe.train)
+    accelerator = parallel.open_accelerator()
+    optim.check(recipe.train, accelerator.device)
     setup = open_setup(recipe, accelerator)
     run = RunFolder(recipe.run, recipe)
     plan = _plan(run, setup, accelerator)
+    exporter.check_mixture(recipe, recipe.export, (layer.name for layer in plan.layers))
     run_folder.check_disk(recipe.run, plan.disk_bytes)
     show.plan(plan, setup)
-    if not run.adapter.is_dir():
-        fit(run, setup, plan, accelerator)
-    if accelerator.is_main_process:
+    if changed or not run.adapter.is_dir():
+        fit(run, setup, plan, objective, accelerator, other_data=covers(allow, "data.train"))
+    if accelerator.is_main_process and _fits_whole(plan, setup):
         results = Results(run, setup)
         results.measure_bases()
         results.export(recipe.export)
@@ -53,34 +62,63 @@ def train(recipe: Recipe, *, resume: bool = False) -> None:
         show.results(results.table, run)
 
 
-def fit(run: RunFolder, setup: Setup, plan: Plan, accelerator: Accelerator) -> None:
+def _fits_whole(plan: Plan, setup: Setup) -> bool:
+    """Whether one device can hold the model that was trained on several; it is said if not."""
+    size, free = sum(layer.size_bytes for layer in plan.layers), available_bytes(setup.device)
+    if plan.num_processes > 1 and size > free:
+        console.print(
+            f"trained: the adapter is in {setup.recipe.run}. One device cannot hold the whole "
+            f"model ({size / 2**30:.0f} GiB); `qtune eval` and `qtune export` measure and write it "
+            "where one can"
+        )
+        return False
+    return True
+
+
+def fit(
+    run: RunFolder,
+    setup: Setup,
+    plan: Plan,
+    objective: Objective,
+    accelerator: Accelerator,
+    *,
+    other_data: bool = False,
+) -> None:
     """Train the adapter from the last checkpoint, or from the start, and write it to `adapter/`."""
-    recipe = run.recipe
-    fresh = state.fresh(setup.data.train, accelerator.num_processes)
-    start = state.resumed(run.checkpoints, fresh)
+    recipe, feed = run.recipe, setup.data.feed
+    fresh = state.fresh(feed, accelerator.num_processes)
+    start = state.resumed(run.checkpoints, fresh, other_data=other_data)
     peak = Peak(setup.device)
-    model = _model(setup)
+    model = _model(setup, accelerator)
+    check_adapter(run.checkpoints, start, model)
     recompute.use(model, plan.recompute.policy)
     # from here on nothing that is wrong with model or data is left to find
     if accelerator.is_main_process:
         run_folder.create(recipe)
         run.write("plan.json", plan.to_json())
+        run.write("data.json", setup.data.summary)
         run.write("environment.json", environment(setup.device))
-    log.start_wandb(recipe, run.path, accelerator)
+    log.start_trackers(recipe, run.path, accelerator, start.step)
     job = loop.Job(
         recipe=recipe,
         model=model,
-        samples=setup.data.train,
+        objective=objective,
+        feed=feed,
         held_out=setup.data.held_out[: recipe.evaluate.loss_rows],
         num_steps=plan.steps,
         folder=run.path,
         start=start,
         peak=peak,
+        matrix_flops_per_s=plan.matrix_flops_per_s,
+        answer=answers_to_test_rows(setup),
     )
     with keeping_freed_memory():
         loop.train(job, accelerator)
+    tensors = whole_parameters(model)
     if accelerator.is_main_process:
-        exporter.write_run_adapter(model, run.adapter, recipe.model, recipe.revision)
+        exporter.write_run_adapter(
+            model, run.adapter, recipe.model, recipe.revision, tensors, setup.tokenizer
+        )
     accelerator.end_training()
     # it would keep the model in memory while others are measured
     accelerator.free_memory()
@@ -93,7 +131,7 @@ def _plan(run: RunFolder, setup: Setup, accelerator: Accelerator) -> Plan:
     return make_plan(
         run.recipe,
         setup.base,
-        setup.data.train,
+        setup.data.feed,
         setup.device,
         accelerator.num_processes,
         free_bytes=int(accelerator.gather(free).min()),
@@ -101,33 +139,42 @@ def _plan(run: RunFolder, setup: Setup, accelerator: Accelerator) -> Plan:
     )
 
 
-def _model(setup: Setup) -> PeftModel:
+def _model(setup: Setup, accelerator: Accelerator) -> PeftModel:
     """The quantized base with a fresh adapter, the same one in every process."""
     recipe = setup.recipe
     set_seed(recipe.seed)
-    base = load_base(
-        setup.base,
-        recipe.quant,
-        device=setup.device,
-        trust_remote_code=recipe.trust_remote_code,
-    )
-    check_packing(base)
-    return add_adapter(base, recipe.lora)
+    model = load_adapted(setup.base, recipe, accelerator)
+    check_packing(model)
+    parallel.settle(model)
+    return model
 
 
-def check(recipe: Recipe) -> None:
-    """Show what `train` would do: the plan, the data, a few samples with what is learned marked."""
+def check(recipe: Recipe, memory: str | None = None, num_processes: int = 1) -> None:
+    """Show what `train` would do: the plan, the data, a few samples with what is learned marked.
+
+    With `memory`, such as 24GiB, the plan is for GPUs with so much of it, which need not be here,
+    and of the model no weights are needed.
+    """
     exporter.check(recipe, recipe.export, recipe.merge.quantized)
-    setup = open_setup(recipe, Accelerator())
-    plan = make_plan(recipe, setup.base, setup.data.train, setup.device)
+    load_objective(recipe.train)
+    accelerator = parallel.open_accelerator()
+    if memory is None:
+        optim.check(recipe.train, accelerator.device)
+    setup = open_setup(recipe, accelerator, weights=memory is None)
+    feed = setup.data.feed
+    if memory is None:
+        plan = make_plan(recipe, setup.base, feed, setup.device, num_processes)
+    else:
+        plan = plan_elsewhere(recipe, setup.base, feed, memory, num_processes)
+    exporter.check_mixture(recipe, recipe.export, (layer.name for layer in plan.layers))
     show.plan(plan, setup)
-    show.samples(setup)
+    show_data.data(setup)
 
 
 def evaluate(run: RunFolder) -> None:
     """Measure the run's base, quantized and tuned model again, and write its report."""
     run.check_trained()
-    results = Results(run, open_setup(run.recipe, Accelerator()))
+    results = Results(run, open_setup(run.recipe, parallel.open_accelerator()))
     results.measure_bases()
     report(run)
     show.results(results.table, run)
@@ -137,7 +184,7 @@ def export(run: RunFolder, names: Sequence[str]) -> None:
     """Write and measure exports of the run, and write its report."""
     run.check_trained()
     exporter.check(run.recipe, tuple(names), run.recipe.merge.quantized)
-    results = Results(run, open_setup(run.recipe, Accelerator()))
+    results = Results(run, open_setup(run.recipe, parallel.open_accelerator()))
     results.export(names)
     report(run)
     show.results(results.table, run)

@@ -3,7 +3,8 @@
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from qtune import recipe_yaml
 from qtune.errors import UserError
 from qtune.files import write_text
 from qtune.recipe import Recipe
+from qtune.recipe_changes import changes, check_names, covers
 
 # bytes that must be free beyond what the run is known to write
 DISK_RESERVE = 1 << 28
@@ -61,12 +63,19 @@ class RunFolder:
         return json.loads(path.read_text()) if path.exists() else None
 
 
-def check(recipe: Recipe, *, resume: bool) -> None:
-    """Raises UserError unless the run folder is free or, to resume, holds a run of this recipe."""
+def check(recipe: Recipe, *, resume: bool, allow: Sequence[str] = ()) -> list[str]:
+    """Keys that a resumed run changes, all of them allowed; none for a new run.
+
+    Raises UserError unless the run folder is free or, to resume, holds a run of this recipe. A key
+    that changes the training has to be in `allow`, itself or its section.
+    """
+    check_names(allow, recipe)
     if resume:
-        _check_same(recipe)
-    else:
-        _check_free(recipe.run)
+        return _check_same(recipe, allow)
+    if allow:
+        raise UserError("--allow is for --resume: a new run has no recipe that could have changed")
+    _check_free(recipe.run)
+    return []
 
 
 def create(recipe: Recipe) -> RunFolder:
@@ -114,32 +123,20 @@ def _check_free(path: Path) -> None:
         raise UserError(f"run folder {path} cannot be written: no permission in {place}")
 
 
-def _check_same(recipe: Recipe) -> None:
+def _check_same(recipe: Recipe, allow: Sequence[str]) -> list[str]:
     """Raises UserError where there is no run, or one of another recipe, naming what differs."""
     if not (recipe.run / "recipe.yaml").is_file():
         raise UserError(f"nothing to resume: {recipe.run} holds no run; start it without --resume")
-    run = open_run(recipe.run)
-    now, before = (_flat(asdict(r)) for r in (recipe, run.recipe))
-    differing = [
-        f"{key}: {before.get(key)} -> {now.get(key)}"
-        for key in sorted(now.keys() | before.keys())
-        if now.get(key) != before.get(key)
-    ]
-    if differing:
+    found = changes(open_run(recipe.run).recipe, recipe)
+    refused = [key for key in found if not covers(allow, key)]
+    if refused:
+        differing = "; ".join(f"{key}: {found[key]}" for key in refused)
         raise UserError(
-            f"cannot resume {recipe.run}: the recipe has changed ({'; '.join(differing)}); "
-            "put it back, or start a new run with run=NAME"
+            f"cannot resume {recipe.run}: the recipe has changed ({differing}); put it back, "
+            f"allow it by --allow {' '.join(refused)}, or start a new run with run=NAME"
         )
+    return list(found)
 
 
 def _free_name(path: Path) -> Path:
     return next(p for i in range(2, 1000) if not (p := path.with_name(f"{path.name}-{i}")).exists())
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(values, dict):
-        return {prefix: values}
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat

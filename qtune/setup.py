@@ -8,14 +8,13 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from qtune.data.prepare import Dataset, prepare
+from qtune.data.template import use_template
 from qtune.errors import UserError
 from qtune.evaluate.exact_match import matches
 from qtune.model.load import load_tokenizer, register
 from qtune.model.sources import resolve
 from qtune.progress import console
 from qtune.recipe import Recipe
-
-MOST_WARNINGS = 5
 
 
 @dataclass(frozen=True)
@@ -29,19 +28,21 @@ class Setup:
     device: torch.device
 
 
-def open_setup(recipe: Recipe, accelerator: Accelerator) -> Setup:
-    """The opened recipe; raises UserError for whatever is missing or damaged."""
+def open_setup(recipe: Recipe, accelerator: Accelerator, *, weights: bool = True) -> Setup:
+    """The opened recipe; raises UserError for whatever is missing or damaged.
+
+    Without `weights` the base model's folder may lack them.
+    """
     _check_processes(recipe, accelerator)
     register()
     with accelerator.main_process_first():
-        base = resolve(recipe.model, revision=recipe.revision, report=_say)
+        base = resolve(recipe.model, revision=recipe.revision, report=_say, weights=weights)
     tokenizer = load_tokenizer(base, trust_remote_code=recipe.trust_remote_code)
-    data = prepare(recipe.data, tokenizer, recipe.seed)
+    use_template(tokenizer, recipe.data.template)
+    # one process of each machine tokenises; the others wait for its file, not in a collective
+    # operation: those give up after minutes
+    data = prepare(recipe, tokenizer, builds=accelerator.is_local_main_process)
     _check_references(recipe, data)
-    for finding in data.warnings[:MOST_WARNINGS]:
-        _say(f"note: {finding}")
-    if len(data.warnings) > MOST_WARNINGS:
-        _say(f"note: and {len(data.warnings) - MOST_WARNINGS} more")
     return Setup(recipe, base, tokenizer, data, accelerator.device)
 
 

@@ -1,3 +1,4 @@
+import json
 import math
 from pathlib import Path
 
@@ -6,8 +7,14 @@ import torch
 from accelerate import Accelerator
 
 from qtune.bench import Bench, weight_bytes
+from qtune.data import encoded
 from qtune.model.load import load_base
 from qtune.setup import open_setup
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def make_bench(recipe):
@@ -24,7 +31,7 @@ def test_a_model_measured_against_itself_is_the_same(tiny_recipe):
     assert (row.name, row.kind, row.size_bytes, row.consumer) == ("same", "export", 2, "x")
     assert answers.texts == again.texts and row.answers == len(setup.data.test) == 2
     assert row.perplexity == pytest.approx(math.exp(row.loss))
-    assert row.tokens == sum(sum(sample.supervised) for sample in setup.data.held_out)
+    assert row.tokens == sum(sample.num_targets for sample in setup.data.held_out)
 
 
 def test_a_changed_model_is_away_from_the_trained_one(tiny_recipe):
@@ -39,9 +46,60 @@ def test_a_changed_model_is_away_from_the_trained_one(tiny_recipe):
 def test_rows_are_as_many_as_the_recipe_says(tiny_recipe):
     bench, model, setup = make_bench(tiny_recipe(evaluate={"loss_rows": 1, "answer_rows": 1}))
     row, answers = bench.measure("m", "base", model, size_bytes=1)
-    assert row.tokens == sum(setup.data.held_out[0].supervised)
+    assert row.tokens == setup.data.held_out[0].num_targets
     assert len(answers.texts) == 1 and row.answers == 1
     assert bench.references == [setup.data.test[0].messages[-1]["content"]]
+
+
+def test_of_a_pair_the_chosen_answer_is_measured(tiny_recipe, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    pairs = [{"prompt": f"{i}?", "chosen": "good", "rejected": "not so good"} for i in range(4)]
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    data = {"train": str(path), "validation": str(path), "test": None}
+    bench, model, setup = make_bench(tiny_recipe(data=data, train={"objective": "dpo"}))
+    row, _ = bench.measure("m", "base", model, size_bytes=1)
+    chosen = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in pairs]
+    path.write_text("".join(json.dumps(answer) + "\n" for answer in chosen))
+    alone, _, _ = make_bench(tiny_recipe(data=data))
+    assert row.tokens == sum(sample.chosen().num_targets for sample in setup.data.held_out)
+    assert row.loss == alone.measure("m", "base", model, size_bytes=1)[0].loss
+
+
+def test_one_sample_per_row_gives_the_same_loss(tiny_recipe):
+    bench, model, _ = make_bench(tiny_recipe())
+    padded, _, _ = make_bench(tiny_recipe(data={"packing": False}))
+    assert [batch.packing for batch in padded._batches] == [False]
+    losses = [b.measure("m", "base", model, size_bytes=1)[0].loss for b in (bench, padded)]
+    # the model computes in bfloat16
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+
+
+def test_the_stored_data_is_what_is_measured(tiny_recipe, monkeypatch):
+    make_bench(tiny_recipe())
+
+    def never(*_, **__):
+        raise AssertionError("encoded again")
+
+    monkeypatch.setattr(encoded, "encode", never)
+    bench, model, _ = make_bench(tiny_recipe())
+    assert bench.measure("m", "base", model, size_bytes=1)[0].loss > 0
+
+
+def test_plain_texts_and_requests_with_tools_are_answered(tiny_recipe, tmp_path):
+    template = tmp_path / "tools.jinja"
+    template.write_text("{{ tools | tojson if tools else '' }}" + TEMPLATE)
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [{"prompt": "a", "completion": "b"}, {"messages": said, "tools": [tool]}]
+    paths = [tmp_path / f"{number}.jsonl" for number in range(2)]
+    for path, row in zip(paths, rows, strict=True):
+        path.write_text(json.dumps(row))
+    data = {"test": tuple(map(str, paths)), "template": str(template)}
+    recipe = tiny_recipe(data=data, evaluate={"metric": "exact_match"})
+    bench, model, setup = make_bench(recipe)
+    row, answers = bench.measure("m", "base", model, size_bytes=1)
+    assert row.answers == len(answers.texts) == 2 and bench.references == ["b", "b"]
+    assert [r.plain for r in setup.data.test] == [True, False]
 
 
 def test_without_test_rows_there_are_no_answers(tiny_recipe):

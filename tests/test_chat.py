@@ -1,6 +1,9 @@
 """The chat with a real tiny model; the user is a list of lines, the terminal a list of texts."""
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +16,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from qtune import chat as chat_module
 from qtune import recipe_yaml
 from qtune.chat import HELP, Partner, chat, open_partner
-from qtune.data.chat import prompt_ids
+from qtune.data.chat import prompt_ids, template_hash
 from qtune.errors import UserError
-from qtune.model.load import load_base, register
+from qtune.export.folder.manifest import write_template
+from qtune.model.load import load_base, load_tokenizer, register
 from qtune.quant.linear import QuantLinear
 from qtune.recipe import Data, Quant, Recipe, Train
 
@@ -219,6 +223,44 @@ def test_run_folder(folder: Path, tmp_path: Path, test: str | None) -> None:
     ids = torch.tensor([[5, 6, 7]])
     torch.testing.assert_close(partner.model(ids).logits, model(ids).logits, atol=0, rtol=0)
     assert "".join(run(partner, "Hello", new=5)).startswith("(system: Reply with the expense")
+
+
+def test_run_without_test_rows_takes_held_out_ones(folder: Path, tmp_path: Path) -> None:
+    finished_run(folder, tmp_path / "run", None)
+    path = tmp_path / "run" / "recipe.yaml"
+    held_out = tmp_path / "held_out.jsonl"
+    messages = [{"role": "system", "content": "Be kind."}, user("a"), assistant("b")]
+    held_out.write_text(json.dumps({"messages": messages}) + "\n")
+    for validation, system in (
+        (0.5, "Reply with the expense as JSON."),
+        (str(held_out), "Be kind."),
+    ):
+        given = recipe(folder, tmp_path / "run", None)
+        data = replace(given.data, validation=validation)
+        path.write_text(recipe_yaml.dump(replace(given, data=data)))
+        assert open_partner(str(tmp_path / "run"), CPU, report=print).system == system
+
+
+def test_run_whose_template_has_changed(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    finished_run(folder, run, test=None)
+    tokenizer = load_tokenizer(folder)
+    write_template(run / "adapter", tokenizer)
+    open_partner(str(run), CPU, report=lambda text: None)
+    trained = template_hash(tokenizer)[:16]
+    other = tmp_path / "other.jinja"
+    other.write_text(str(tokenizer.chat_template).replace("<|end|>", "<|end|>\n"))
+    given = recipe(folder, run, None)
+    changed = replace(given, data=replace(given.data, template=str(other)))
+    (run / "recipe.yaml").write_text(recipe_yaml.dump(changed))
+    now = hashlib.sha256(other.read_bytes()).hexdigest()[:16]
+    with pytest.raises(UserError, match=rf"its hash was {trained} and is {now}; .*data\.template"):
+        open_partner(str(run), CPU, report=lambda text: None)
+    kept = str(run / "adapter" / "chat_template.jinja")
+    mended = replace(given, data=replace(given.data, template=kept))
+    (run / "recipe.yaml").write_text(recipe_yaml.dump(mended))
+    partner = open_partner(str(run), CPU, report=lambda text: None)
+    assert template_hash(partner.tokenizer)[:16] == trained
 
 
 def test_run_whose_data_is_gone(folder: Path, tmp_path: Path) -> None:

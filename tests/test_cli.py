@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from qtune import cli, machine, plan, recipe_yaml, run, run_folder
+from qtune.train.log import read_metrics
 
 ROWS = [
     {
@@ -135,9 +136,9 @@ def test_what_the_recipe_names_does_not_fit(recipe_file, refused, override, mess
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": "hello"}, "no 'messages' in this row"),
+        ({"sentence": "hello"}, "sentence"),
         ({"messages": [{"role": "boss", "content": "x"}]}, "unknown role 'boss'"),
-        ({"messages": [{"role": "user", "content": "x"}]}, "the last message is from the user"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "is from the user; only an"),
     ],
 )
 def test_bad_rows_are_named(recipe_file, refused, row, message):
@@ -180,7 +181,7 @@ def test_exports_are_asked_before_training(recipe_file, refused):
 def test_not_enough_memory(recipe_file, refused, monkeypatch):
     monkeypatch.setattr(run, "available_bytes", lambda device: 1000)
     message = refused("train", recipe_file)
-    assert "not enough memory: the plan needs" in message and ": try a smaller " in message
+    assert "not enough memory: " in message and "; try a smaller " in message
 
 
 def test_disk_too_small(recipe_file, refused, monkeypatch):
@@ -227,24 +228,50 @@ def trained(recipe_file):
     return recipe_file
 
 
-def test_what_cannot_be_resumed(trained, refused):
+def test_what_cannot_be_resumed(trained, refused, capsys):
     message = refused("train", trained, "--resume", "lora.rank=8", "train.lr=1")
     assert "lora.rank: 4 -> 8; train.lr: 0.001 -> 1" in message and "run=NAME" in message
+    assert "--allow lora.rank train.lr" in message
+    message = refused("train", trained, "--resume", "--allow", "lora.rank", "lora.rank=8")
+    assert "out/checkpoints/step-000002 holds another adapter" in message
 
     write_rows("rows.jsonl", ROWS[:-1])
     assert "the training data has changed" in refused("train", trained, "--resume")
     write_rows("rows.jsonl", ROWS)
 
-    last = Path("out/checkpoints/step-000002")
-    tensors = last / "adapter.safetensors"
+    # the damaged one is named, and the one before it is used
+    tensors = Path("out/checkpoints/step-000002/adapter.safetensors")
     whole = tensors.read_bytes()
     tensors.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    message = refused("train", trained, "--resume")
-    assert f"{tensors} is corrupt" in message and f"remove {last}" in message
-    # the advice is good
-    shutil.rmtree(last)
+    capsys.readouterr()
     assert cli.main(["train", str(trained), "--resume"]) == 0
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert f"{tensors} is corrupt" in said and "going on from out/checkpoints/step-000000" in said
+    assert tensors.read_bytes() == whole
     assert Path("out/adapter/adapter_model.safetensors").is_file()
+
+
+def test_without_a_whole_checkpoint_nothing_starts_over(trained, refused):
+    for file in Path("out/checkpoints").glob("*/rng.safetensors"):
+        file.unlink()
+    message = refused("train", trained, "--resume")
+    assert "no whole checkpoint is left in out/checkpoints" in message and "remove out" in message
+
+
+def test_a_resumed_run_may_change_what_is_allowed_by_name(trained):
+    allowed = ["train.steps=3", "--resume", "--allow", "train.steps", "train.lr", "train.lr=1e-4"]
+    assert cli.main(["train", str(trained), *allowed]) == 0
+    assert [m["lr"] <= 1e-4 for m in read_metrics(Path("out")) if "loss" in m][-1:] == [True]
+    assert Path("out/checkpoints/step-000003").is_dir()
+    # now that is the run's recipe; what does not concern training changes freely
+    again = ["train.steps=3", "train.lr=1e-4", "export=[adapter]", "--resume"]
+    assert cli.main(["train", str(trained), *again]) == 0
+    assert Path("out/export/adapter").is_dir()
+
+
+def test_changed_rows_are_allowed_by_name(trained):
+    write_rows("rows.jsonl", ROWS[:-1])
+    assert cli.main(["train", str(trained), "--resume", "--allow", "data"]) == 0
 
 
 def test_unknown_export_name(trained, refused):
@@ -264,17 +291,21 @@ def test_a_run_that_never_reached_a_checkpoint_can_be_resumed(recipe_file, monke
     assert cli.main(["train", str(recipe_file), "--resume"]) == 0
 
 
-def test_interrupts_end_with_a_hint(recipe_file):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupts_end_with_a_checkpoint_and_a_hint(recipe_file, number):
     command = [sys.executable, "-m", "qtune.cli", "train", str(recipe_file), "train.steps=5000"]
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     while process.poll() is None and not Path("out/checkpoints/step-000000").exists():
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, message = process.communicate(timeout=60)
-    assert process.returncode == 130, message
+    assert process.returncode == 128 + number, message
+    assert "stopping after this step" in message
     assert "`qtune train r.yaml train.steps=5000 --resume` goes on" in message
+    # where it stopped, not where it would have saved
+    assert max(path.name for path in Path("out/checkpoints").iterdir()) != "step-000000"
 
 
 def test_an_interrupt_elsewhere_gives_no_advice(recipe_file, monkeypatch, capsys):

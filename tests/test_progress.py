@@ -39,6 +39,16 @@ def test_what_is_left_is_told_from_the_speed_since_the_start(screen, monkeypatch
     ]
 
 
+def test_without_a_total_what_is_done_is_told(screen, monkeypatch):
+    out = screen()
+    clock = iter([100.0, 105.0, 160.0, 160.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    with progress.bar("reading") as bar:
+        bar.advance(5)
+        bar.advance(5)
+    assert out.getvalue() == "reading 10  1:00 done\n"
+
+
 def test_on_a_terminal_there_is_a_bar(screen):
     out = screen(force_terminal=True)
     with progress.bar("training", 4, done=1) as bar:

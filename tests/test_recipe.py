@@ -37,7 +37,6 @@ def test_defaults_are_not_shared() -> None:
 @pytest.mark.parametrize(
     ("section", "given", "message"),
     [
-        (Data, {"train": "t", "max_length": 7}, "data.max_length (7) must be at least 8"),
         (Quant, {"group_size": 48}, "quant.group_size (48) must be a power of two, 16 or more"),
         (Quant, {"group_size": 8}, "quant.group_size (8) must be a power of two, 16 or more"),
         (Quant, {"group_size": 0}, "quant.group_size (0) must be a power of two, 16 or more"),
@@ -45,23 +44,6 @@ def test_defaults_are_not_shared() -> None:
         (Lora, {"rank": 0}, "lora.rank (0) must be at least 1"),
         (Lora, {"dropout": 1.0}, "lora.dropout (1.0) must be in [0, 1)"),
         (Lora, {"dropout": -0.1}, "lora.dropout (-0.1) must be in [0, 1)"),
-        (Train, {}, "train needs either steps or epochs, and not both"),
-        (Train, {"steps": 1, "epochs": 1.0}, "train needs either steps or epochs, and not both"),
-        (Train, {"steps": 0}, "train.steps (0) must be at least 1"),
-        (Train, {"epochs": 0.0}, "train.epochs (0.0) must be positive"),
-        (Train, {"steps": 1, "lr": 0.0}, "train.lr (0.0) must be positive"),
-        (Train, {"steps": 1, "batch_size": 0}, "train.batch_size (0) must be at least 1"),
-        (Train, {"steps": 1, "keep": 0}, "train.keep (0) must be at least 1"),
-        (
-            Train,
-            {"steps": 1, "micro_batch_tokens": 0},
-            "train.micro_batch_tokens (0) must be at least 1",
-        ),
-        (
-            Train,
-            {"steps": 10, "warmup_steps": 10},
-            "train.warmup_steps (10) must be less than train.steps (10)",
-        ),
     ],
 )
 def test_senseless_values(section: type, given: dict[str, Any], message: str) -> None:
@@ -73,14 +55,33 @@ def test_senseless_values(section: type, given: dict[str, Any], message: str) ->
 @pytest.mark.parametrize(
     ("section", "given"),
     [
-        (Data, {"train": "t", "max_length": 8}),
         (Quant, {"group_size": 16}),
         (Quant, {"format": None}),
         (Lora, {"rank": 1, "dropout": 0.0}),
-        (Train, {"epochs": 0.5, "warmup_steps": 100}),
-        (Train, {"steps": 10, "warmup_steps": 9}),
+        (Evaluate, {"answer_rows": 0, "loss_rows": 1}),
     ],
 )
 def test_values_at_the_limits(section: type, given: dict[str, Any]) -> None:
     made = section(**given)
     assert {name: getattr(made, name) for name in given} == given
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": -1}, "seed (-1) must be at least 0"),
+        (
+            {
+                "data": Data(train="t", validation="v", streaming=True),
+                "train": Train(epochs=1),
+            },
+            "data.streaming needs train.steps",
+        ),
+        ({"data": Data(train="t", overlong="split")}, "data.overlong: split is for train.object"),
+        ({"train": Train(steps=1, sample_every=1)}, "train.sample_every needs data.test"),
+    ],
+)
+def test_sections_that_do_not_go_together(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as raised:
+        recipe(**changes)
+    assert message in str(raised.value)

@@ -71,27 +71,31 @@ def test_an_int_may_stand_for_a_float() -> None:
             "train",
             "schedule",
             "cosin",
-            "expected 'cosine', 'linear' or 'constant', got the text 'cosin'; "
+            "expected 'cosine', 'linear', 'constant', 'wsd' or 'one_cycle', got the text 'cosin'; "
             "did you mean 'cosine'?",
         ),
         (
             "train",
             "schedule",
             1,
-            "expected 'cosine', 'linear' or 'constant', got the number 1",
+            "expected 'cosine', 'linear', 'constant', 'wsd' or 'one_cycle', got the number 1",
         ),
-        ("data", "truncate", "yes", "expected true or false, got the text 'yes'; write true"),
-        ("data", "truncate", "Off", "expected true or false, got the text 'Off'; write false"),
+        ("data", "packing", "yes", "expected true or false, got the text 'yes'; write true"),
+        ("data", "packing", "Off", "expected true or false, got the text 'Off'; write false"),
         (
             "data",
-            "truncate",
+            "packing",
             "true",
             "expected true or false, got the text 'true'; remove the quotes",
         ),
-        ("data", "truncate", "perhaps", "expected true or false, got the text 'perhaps'"),
-        ("data", "truncate", 1, "expected true or false, got the number 1"),
-        ("data", "train", 3, "expected text, got the number 3; put it in quotes"),
-        ("data", "train", ["a"], "expected text, got a list"),
+        ("data", "packing", "perhaps", "expected true or false, got the text 'perhaps'"),
+        ("data", "packing", 1, "expected true or false, got the number 1"),
+        (
+            "data",
+            "train",
+            3,
+            "expected text or a mapping or a list, got the number 3; put it in quotes",
+        ),
         ("quant", "skip", "lm_head", "expected a list, got the text 'lm_head'; write [lm_head]"),
         (
             "lora",
@@ -106,6 +110,36 @@ def test_wrong_values(section: str, key: str, value: Any, message: str) -> None:
     base = {"train": {"steps": 9}, "data": {"train": "t"}}.get(section, {})
     found = mistakes(**{section: {**base, key: value}})
     assert found == [Mistake((section, key), message, "value")]
+
+
+@pytest.mark.parametrize(
+    ("train", "keys", "message"),
+    [
+        (
+            ["a", {"path": "b", "formt": "text"}],
+            (1, "formt"),
+            "unknown key 'formt' in 'data.train.1'; did you mean 'format'?",
+        ),
+        ({"rows": 3}, (), "missing key 'path' in 'data.train'; add `path:`"),
+        ({"path": 3}, ("path",), "expected text, got the number 3; put it in quotes"),
+        (["a", 3], (1,), "expected text or a mapping, got the number 3; put it in quotes"),
+        ({"path": "a", "rows": 0}, (), "source.rows (0) must be at least 1"),
+        ({"path": "a", "where": {"x": {}}}, ("where", "x"), "expected text or a whole number"),
+        ({"path": "a", "format": "alpacca"}, ("format",), "did you mean 'alpaca'?"),
+        ([], (), "data.train names no source"),
+    ],
+)
+def test_mistakes_in_sources(train: Any, keys: tuple[str | int, ...], message: str) -> None:
+    (found,) = mistakes(data={"train": train})
+    at = ("data",) if found.about == "fields" and train == [] else ("data", "train", *keys)
+    assert found.keys == at and message in found.message
+
+
+def test_keys_of_an_inner_section() -> None:
+    (found,) = mistakes(train={"steps": 9, "beta": 0.2})
+    assert found.message == "unknown key 'beta' in 'train'; it belongs in 'train.preference'"
+    assert "beta" in known_keys(("train", "preference"))
+    assert "where" in known_keys(("data", "test", 0))
 
 
 def test_wrong_values_inside_lists_and_mappings() -> None:

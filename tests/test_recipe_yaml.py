@@ -93,7 +93,7 @@ def test_missing_keys_point_at_their_mapping() -> None:
         "r.yaml:1:1: missing key 'run'; add `run:` "
         "(Run folder: everything a run writes goes there.)",
         "r.yaml:3:1: missing key 'train' in 'data'; add `train:` (Training rows: "
-        "a JSONL file with `messages`, a hub dataset id, or `demo:train`.)",
+        "a file, a hub data set, `demo:train`, a source with options, or a list.)",
     ]
 
 

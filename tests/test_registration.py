@@ -26,6 +26,8 @@ ORDERS = {
     "qtune first": "import qtune, sys\nassert not {'torch', 'transformers'} & set(sys.modules)",
     "transformers first": "from transformers import PreTrainedModel; import qtune",
     "peft first": "import peft; import qtune",
+    "our quantizer first": "from qtune.model.quantizer import QtuneConfig",
+    "our adapter layer first": "from qtune.model.lora import QuantLoraLinear",
 }
 
 

@@ -1,20 +1,18 @@
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 from qtune import cli, recipe_yaml, run, run_folder
+from qtune.errors import UserError
 from qtune.evaluate import compare
 from qtune.train.log import read_metrics
 from qtune.train.recompute import POLICIES
 
-ROOT = Path(__file__).parent.parent
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 EVERY_EXPORT = ("adapter", "bf16", "bitsandbytes", "qtune")
 # PEFT says so where the tied head is trained apart from the embedding, which the test wants
 TIED = "ignore:Model has `tie_word_embeddings=True`:UserWarning"
@@ -56,6 +54,7 @@ def test_a_run_leaves_what_every_stage_writes(finished):
     names = {path.name for path in finished.path.iterdir()}
     assert names == {
         *("recipe.yaml", "plan.json", "environment.json", "metrics.jsonl", "checkpoints"),
+        "data.json",
         *("adapter", "eval.json", "samples.json", "export", "report.html"),
     }
     assert {path.name for path in finished.exports.iterdir()} == set(EVERY_EXPORT)
@@ -196,23 +195,6 @@ def test_recomputation_changes_no_figure(tiny_recipe, tmp_path):
     assert losses["none"] == losses["cheap"] == losses["all"]
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipes_run(path, tiny_model, tmp_path):
-    overrides = [
-        f"model={tiny_model}",
-        f"run={tmp_path / 'run'}",
-        *("data.max_length=512", "train.steps=2", "train.batch_size=2", "train.warmup_steps=1"),
-        *("evaluate.loss_rows=2", "evaluate.answer_rows=2", "evaluate.max_new_tokens=2"),
-    ]
-    assert cli.main(["train", str(path), *overrides]) == 0
-    folder = run_folder.open_run(tmp_path / "run")
-    assert {p.name for p in folder.exports.iterdir()} == set(folder.recipe.export)
-
-
-def test_there_are_recipes():
-    assert RECIPES
-
-
 def test_wandb_keeps_its_files_in_the_run_folder(tiny_recipe, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -221,3 +203,39 @@ def test_wandb_keeps_its_files_in_the_run_folder(tiny_recipe, monkeypatch):
     (logged,) = (recipe.run / "wandb").glob("offline-run-*/run-*.wandb")
     content = logged.read_bytes()
     assert b"held_out_loss" in content and b"grad_norm" in content
+
+
+@pytest.mark.parametrize("on_experts", [False, True])
+def test_a_mixture_of_experts(tiny_recipe, tiny_model, tmp_path, on_experts):
+    config = MixtralConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        vocab_size=512,
+        max_position_embeddings=512,
+    )
+    MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "moe")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(tiny_model / name, tmp_path / "moe")
+    exports = ("bf16", "qtune") if on_experts else ("adapter", "bf16", "qtune")
+    recipe = tiny_recipe(
+        model=str(tmp_path / "moe"),
+        lora={"experts": on_experts},
+        export=exports,
+        train={"steps": 4, "lr": 1e-2},
+        evaluate={"answer_rows": 0},
+    )
+    run.train(recipe)
+    folder = run_folder.open_run(recipe.run)
+    plan = folder.read("plan.json")
+    assert sum(".expert_" in layer["name"] for layer in plan["layers"]) == 2 * 2 * 4
+    rows = {row["name"]: row for row in folder.read("eval.json")["rows"]}
+    assert rows["adapter on nf4"]["loss"] < rows["base nf4"]["loss"]
+    # the pair is the trained model, a merge onto its codes is it to bf16 rounding
+    assert rows["export qtune"]["kl"] < 1e-3 and rows["export bf16"]["kl"] < 5e-2
+    with pytest.raises(UserError, match="export bitsandbytes: transformers loads no quantized"):
+        run.export(folder, ("bitsandbytes",))

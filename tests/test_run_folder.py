@@ -35,6 +35,28 @@ def test_a_run_is_resumed_by_the_same_recipe_only(tiny_recipe):
     with pytest.raises(UserError) as error:
         check(changed, resume=True)
     assert "lora.rank_pattern.q_proj: None -> 2; train.lr: 0.01 -> 1.0" in str(error.value)
+    assert "--allow lora.rank_pattern.q_proj train.lr, or" in str(error.value)
+
+
+def test_changes_that_are_allowed_by_name(tiny_recipe):
+    create(tiny_recipe())
+    changed = tiny_recipe(train={"lr": 1.0, "steps": 9}, export=())
+    with pytest.raises(UserError, match=r"changed \(train\.steps: 4 -> 9\)"):
+        check(changed, resume=True, allow=["train.lr"])
+    assert check(changed, resume=True, allow=["train.lr", "train.steps"]) == [
+        "train.lr",
+        "train.steps",
+    ]
+    assert check(changed, resume=True, allow=["train"]) == ["train.lr", "train.steps"]
+    # what changes nothing of the training needs no name
+    assert check(tiny_recipe(export=(), log={"every": 5}), resume=True) == []
+
+
+def test_names_to_allow_are_checked(tiny_recipe):
+    with pytest.raises(UserError, match=r"--allow train\.lrr: no such key"):
+        check(tiny_recipe(), resume=True, allow=["train.lrr"])
+    with pytest.raises(UserError, match="--allow is for --resume"):
+        check(tiny_recipe(), resume=False, allow=["train.lr"])
 
 
 def test_files_are_whole_or_as_they_were(tiny_recipe, monkeypatch):

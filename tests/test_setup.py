@@ -1,4 +1,6 @@
 import json
+import shutil
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -27,7 +29,8 @@ def write(path, *pairs):
 def test_a_recipe_is_opened(tiny_recipe, tiny_model):
     opened = open_setup(tiny_recipe(), Accelerator())
     assert opened.base == tiny_model and opened.device == torch.device("cpu")
-    assert len(opened.data.train) == 12 and len(opened.data.test) == 2
+    assert len(opened.data.feed.samples) == 12 and len(opened.data.test) == 2
+    assert len(opened.data.held_out) == 4
     assert opened.tokenizer.pad_token == "<|endoftext|>"
 
 
@@ -37,15 +40,44 @@ def test_every_process_needs_a_sample(tiny_recipe):
         open_setup(tiny_recipe(), two)
 
 
-def test_notes_are_few_and_no_markup(tiny_recipe, tmp_path, capsys):
-    # rich would take it for the end of something bold
-    folder = tmp_path / "[" / "bold]"
-    folder.mkdir(parents=True)
-    source = write(folder / "a.jsonl", *[("same", "text")] * 9)
-    open_setup(tiny_recipe(data={"train": source, "test": None}), Accelerator())
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"note: {source}:2: the same as {source}:1"
-    assert len(lines) == setup.MOST_WARNINGS + 1 and lines[-1] == "note: and 3 more"
+def test_the_recipe_may_name_another_template(tiny_recipe, tmp_path):
+    template = tmp_path / "shout.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m.role | upper }}: {{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
+    )
+    opened = open_setup(tiny_recipe(data={"template": str(template)}), Accelerator())
+    text = opened.tokenizer.decode(opened.data.feed.samples[0].ids)
+    assert "ASSISTANT: " in text and "<|im_start|>" not in text
+
+
+def test_one_process_of_a_machine_tokenises(tiny_recipe, monkeypatch):
+    asked = []
+    original = setup.prepare
+
+    def prepare(recipe, tokenizer, *, builds):
+        asked.append(builds)
+        return original(recipe, tokenizer)
+
+    monkeypatch.setattr(setup, "prepare", prepare)
+    for first in (True, False):
+        process = SimpleNamespace(
+            num_processes=2,
+            is_local_main_process=first,
+            main_process_first=nullcontext,
+            device=torch.device("cpu"),
+        )
+        open_setup(tiny_recipe(), process)
+    assert asked == [True, False]
+
+
+def test_a_configuration_will_do_where_weights_are_not_needed(tiny_recipe, tiny_model, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    recipe = tiny_recipe(model=str(folder))
+    assert open_setup(recipe, Accelerator(), weights=False).base == folder
+    with pytest.raises(UserError, match=r"safetensors"):
+        open_setup(recipe, Accelerator())
 
 
 def test_an_expected_answer_must_be_comparable(tiny_recipe, tmp_path):

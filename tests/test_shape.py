@@ -11,6 +11,8 @@ from typing import get_args
 import pytest
 
 from qtune.recipe import ExportName, FormatName
+from qtune.recipe_data import RowFormat
+from qtune.recipe_train import ObjectiveName
 from qtune.recipe_yaml import json_schema
 
 ROOT = Path(__file__).parent.parent
@@ -120,8 +122,10 @@ def test_recipes_point_editors_to_the_schema() -> None:
     [
         (get_args(FormatName), "qtune/quant/formats", set()),
         (get_args(ExportName), "qtune/export", EXPORT_HELPERS),
+        (get_args(ObjectiveName), "qtune/train/objectives", set()),
+        (set(get_args(RowFormat)) - {"auto"}, "qtune/data/formats", set()),
     ],
-    ids=["formats", "exports"],
+    ids=["formats", "exports", "objectives", "row formats"],
 )
 def test_names_in_the_recipe_are_the_files(
     names: tuple[str, ...], folder: str, helpers: set[str]

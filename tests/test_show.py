@@ -1,13 +1,16 @@
 import io
+from dataclasses import replace
 
 import pytest
 import torch
 from accelerate import Accelerator
 from rich.console import Console
 
-from qtune import show
+from qtune import show, show_data
 from qtune.evaluate.compare import Row, Table
 from qtune.plan import make_plan
+from qtune.recipe_data import Source
+from qtune.recipe_train import Preference
 from qtune.run_folder import RunFolder
 from qtune.setup import open_setup
 
@@ -17,32 +20,74 @@ def screen(monkeypatch):
     out = io.StringIO()
     console = Console(file=out, width=100, highlight=False)
     monkeypatch.setattr(show, "console", console)
+    monkeypatch.setattr(show_data, "console", console)
     return out
 
 
-def test_the_plan_in_words(tiny_recipe, screen):
+@pytest.fixture
+def shown(screen):
+    """The lines of the plan of a recipe, by their first word."""
+
+    def lines(recipe, **changes):
+        setup = open_setup(recipe, Accelerator())
+        made = make_plan(recipe, setup.base, setup.data.feed, torch.device("cpu"))
+        show.plan(replace(made, **changes), setup)
+        return dict(line.split(maxsplit=1) for line in screen.getvalue().splitlines())
+
+    return lines
+
+
+def test_the_plan_in_words(tiny_recipe, shown):
     recipe = tiny_recipe(export=("adapter", "qtune"))
-    setup = open_setup(recipe, Accelerator())
-    made = make_plan(recipe, setup.base, setup.data.train, torch.device("cpu"))
-    show.plan(made, setup)
-    lines = dict(line.split(maxsplit=1) for line in screen.getvalue().splitlines())
+    lines = shown(recipe)
     assert lines["layers"] == "14 in nf4, 1 in bfloat16"
     assert lines["model"].startswith(recipe.model)
     assert lines["data"].startswith("12 training rows of ") and "2 test requests" in lines["data"]
-    assert lines["training"].startswith("4 steps of 4 samples")
+    assert "4 held out" in lines["data"] and "mix" not in lines
+    assert lines["objective"] == "sft"
+    assert lines["training"].startswith("4 steps of 4 samples") and lines["training"][-3:] == "cpu"
+    assert lines["packing"].startswith("samples end to end in rows of at most 4096 tokens")
+    assert lines["optimizer"] == "adamw, learning rate 0.01 (cosine)"
     assert "are free" in lines["memory"] and lines["disk"].endswith(str(recipe.run))
     assert lines["recompute"].startswith("none: everything fits (none 0.00 GiB, cheap ")
     assert lines["time"] == "about 1 min of training" and lines["exports"] == "adapter, qtune"
 
 
-def test_samples_mark_what_is_learned(tiny_recipe, screen):
-    setup = open_setup(tiny_recipe(), Accelerator())
-    show.samples(setup)
-    text = screen.getvalue()
-    for sample in setup.data.train[: show.NUM_SAMPLES]:
-        assert f"‹{sample.row.messages[-1]['content']}<|im_end|>›" in text
-        assert sample.row.place in text
-    assert text.count("‹") == show.NUM_SAMPLES
+def test_options_that_are_set_are_told(tiny_recipe, shown):
+    train = {"schedule": "linear", "warmup_steps": 2, "weight_decay": 0.1, "ema_decay": 0.99}
+    data = {
+        "packing": False,
+        "train": ("demo:train?rows=12", Source(path="demo:train?rows=8&seed=1", weight=36)),
+    }
+    lines = shown(tiny_recipe(train=train, data=data))
+    assert lines["optimizer"] == (
+        "adamw, learning rate 0.01 (linear after 2 of warm-up), weight_decay 0.1, ema_decay 0.99"
+    )
+    assert lines["packing"] == "off: one sample per row, at most 4096 tokens with padding"
+    assert lines["mix"] == "25% demo:train?rows=12, 75% demo:train?rows=8&seed=1"
+
+
+@pytest.mark.parametrize(
+    ("objective", "words"),
+    [
+        ("dpo", "dpo, beta 0.2, label_smoothing 0.1"),
+        ("kto", "kto, beta 0.2, desirable_weight 1, undesirable_weight 1"),
+        ("simpo", "simpo, beta 0.2, margin 0.5"),
+        ("pretrain", "pretrain"),
+    ],
+)
+def test_objectives_are_told_with_their_settings(tiny_recipe, objective, words):
+    preference = Preference(beta=0.2, label_smoothing=0.1)
+    recipe = tiny_recipe(train={"objective": objective, "preference": preference})
+    assert show.objective(recipe.train) == words
+
+
+def test_a_plan_for_devices_elsewhere(tiny_recipe, shown):
+    changes = {"num_processes": 2, "expected_minutes": None, "matrix_flops_per_s": None}
+    lines = shown(tiny_recipe(), **changes)
+    assert lines["time"] == "unknown: the devices are not here"
+    assert lines["training"].endswith(" on 2 devices (ddp)")
+    assert " GiB on each device: " in lines["memory"]
 
 
 def test_results_end_with_commands_that_can_be_copied(tiny_recipe, screen, tmp_path):

@@ -22,8 +22,8 @@ that is named, and its Triton kernels in `*_triton.py` beside it:
     rope               rope                          q [B, H, T, D] and k [B, K, T, D], rotated
     attention          packed_attention              y [T, H, D], lse [H, T]
                        packed_attention_backward     dq [T, H, D], dk and dv [T, K, D]
-    cross_entropy      linear_cross_entropy          loss [], dhidden [N, I]
-                       cross_entropy                 loss [], dlogits [N, V]
+    cross_entropy      linear_cross_entropy          losses [N], dhidden [N, I]
+                       cross_entropy                 losses [N], dlogits [N, V]
     softmax_gradient   softmax_gradient_             losses [N]; logits [N, V] become gradients
                        softmax_losses                losses [N]
 """

@@ -1,7 +1,8 @@
-"""Hidden states -> summed cross entropy of a frozen output head, without the matrix of logits.
+"""Hidden states -> cross entropy of a frozen output head, without the matrix of logits.
 
 Rows are worked through in chunks: logits of a chunk, their gradient in the same place, and from
-that the gradient of the hidden states, all in the forward pass. The backward pass only scales it.
+that the gradient of the hidden states, all in the forward pass. The loss of a row depends on its
+own hidden state only, so the backward pass just scales each row, by 1 where losses are summed.
 Compared with keeping the logits this costs no additional product (the weight of the head is frozen,
 so its gradient is not needed), and memory is a chunk of logits plus one more [N, I]. Cut cross
 entropy (arXiv 2411.09009) keeps less and computes the logits twice.
@@ -38,28 +39,45 @@ def linear_cross_entropy(
     softcap: float | None = None,
     scale: float = 1.0,
 ) -> Tensor:
-    """Sum over rows of -log softmax(x)[target], float32 [], differentiable by `hidden` [N, I].
+    """Sum over rows of `linear_token_losses`, float32 [], differentiable by `hidden` [N, I]."""
+    return linear_token_losses(hidden, weight, targets, bias, softcap, scale).sum()
+
+
+def linear_token_losses(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """-log softmax(x)[target] of each row, float32 [N], differentiable by `hidden` [N, I].
 
     x = scale (hidden W^T + bias), or softcap tanh(x / softcap) of that; W is [V, I] in the dtype of
     `hidden`, targets are int64 [N]. Raises ValueError where the head is to be trained: its gradient
     is not made here.
     """
     if weight.requires_grad or (bias is not None and bias.requires_grad):
-        raise ValueError("linear_cross_entropy makes no gradient for the head: freeze it")
+        raise ValueError("linear_token_losses makes no gradient for the head: freeze it")
     with_gradient = hidden.requires_grad and torch.is_grad_enabled()
     head = (weight, targets, bias, softcap, scale)
-    loss: Tensor = loss_and_dhidden(hidden, *head, with_gradient)[0]
-    return loss
+    losses: Tensor = losses_and_dhidden(hidden, *head, with_gradient)[0]
+    return losses
 
 
 def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum over rows of -log softmax(logits)[target], float32 [], differentiable by `logits` [N, V].
+    """Sum over rows of `token_losses`, float32 [], differentiable by `logits` [N, V]."""
+    return token_losses(logits, targets).sum()
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """-log softmax(logits)[target] of each row, float32 [N], differentiable by `logits` [N, V].
 
     Targets are int64 [N]. For models whose logits are there anyway; it keeps their gradient.
     """
     with_gradient = logits.requires_grad and torch.is_grad_enabled()
-    loss: Tensor = loss_and_dlogits(logits, targets, with_gradient)[0]
-    return loss
+    losses: Tensor = losses_and_dlogits(logits, targets, with_gradient)[0]
+    return losses
 
 
 def chunk_rows(num_rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -74,7 +92,7 @@ def chunk_rows(num_rows: int, vocabulary: int, dtype: torch.dtype, device: torch
 
 
 @torch.library.custom_op("qtune::linear_cross_entropy", mutates_args=())
-def loss_and_dhidden(
+def losses_and_dhidden(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -83,7 +101,7 @@ def loss_and_dhidden(
     scale: float,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of `linear_cross_entropy`, and its gradient [N, I], or [0, I] if not wanted."""
+    """`linear_token_losses`, and the gradient of their sum [N, I], or [0, I] if not wanted."""
     num_rows, vocabulary = len(targets), len(weight)
     losses = hidden.new_empty(num_rows, dtype=torch.float32)
     hidden = pad(hidden, (0, 0, 0, _num_filling(num_rows)))
@@ -99,10 +117,10 @@ def loss_and_dhidden(
             _dhidden_into(dhidden[chunk], logits, weight)
         else:
             losses[live] = softmax_losses(live_logits, targets[live], softcap, scale)
-    return losses.sum(), dhidden[:num_rows]
+    return losses, dhidden[:num_rows]
 
 
-@loss_and_dhidden.register_fake
+@losses_and_dhidden.register_fake
 def _(
     hidden: Tensor,
     weight: Tensor,
@@ -113,25 +131,29 @@ def _(
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     num_rows = len(targets) if with_gradient else 0
-    return hidden.new_empty((), dtype=torch.float32), hidden.new_empty(num_rows, hidden.shape[1])
+    losses = hidden.new_empty(len(targets), dtype=torch.float32)
+    return losses, hidden.new_empty(num_rows, hidden.shape[1])
 
 
 @torch.library.custom_op("qtune::cross_entropy", mutates_args=())
-def loss_and_dlogits(logits: Tensor, targets: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
-    """The loss of `summed_cross_entropy`, and its gradient [N, V], or [0, V] if not wanted."""
+def losses_and_dlogits(
+    logits: Tensor, targets: Tensor, with_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """`token_losses`, and the gradient of their sum [N, V], or [0, V] if not wanted."""
     if not with_gradient:
         losses = softmax_losses(logits.contiguous(), targets, None, 1.0)
-        return losses.sum(), logits.new_empty(0, logits.shape[1])
+        return losses, logits.new_empty(0, logits.shape[1])
     gradient = logits.clone(memory_format=torch.contiguous_format)
     losses = logits.new_empty(len(targets), dtype=torch.float32)
     softmax_gradient_(gradient, targets, losses, None, 1.0)
-    return losses.sum(), gradient
+    return losses, gradient
 
 
-@loss_and_dlogits.register_fake
+@losses_and_dlogits.register_fake
 def _(logits: Tensor, targets: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
     num_rows = len(targets) if with_gradient else 0
-    return logits.new_empty((), dtype=torch.float32), logits.new_empty(num_rows, logits.shape[1])
+    losses = logits.new_empty(len(targets), dtype=torch.float32)
+    return losses, logits.new_empty(num_rows, logits.shape[1])
 
 
 def _num_filling(num_rows: int) -> int:
@@ -176,14 +198,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.num_others = len(inputs) - 1
 
 
-def _backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dlosses: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     (gradient,) = ctx.saved_tensors
     scaled = torch.empty_like(gradient)
-    for part, out in zip(gradient.split(SCALED_ROWS), scaled.split(SCALED_ROWS), strict=True):
-        # CUDA would round a factor without dimensions to 16 bits before it multiplies
-        out.copy_(part.float() * dloss)
+    pieces = (rows.split(SCALED_ROWS) for rows in (gradient, dlosses[:, None], scaled))
+    for part, factors, out in zip(*pieces, strict=True):
+        out.copy_(part.float() * factors)
     return scaled, *[None] * ctx.num_others
 
 
-loss_and_dhidden.register_autograd(_backward, setup_context=_save)
-loss_and_dlogits.register_autograd(_backward, setup_context=_save)
+losses_and_dhidden.register_autograd(_backward, setup_context=_save)
+losses_and_dlogits.register_autograd(_backward, setup_context=_save)

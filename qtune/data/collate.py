@@ -2,22 +2,28 @@
 
 No token is spent on padding between samples, so lengths may differ. Positions restart at 0 with
 each sample, and the attention (`model/attention.py`) keeps samples apart by their lengths. There is
-no attention mask: transformers would take one as a sign that the row is a single text.
+no attention mask: transformers would take one as a sign that the row is a single text. A preference
+row is two samples, one behind the other.
 
 In training the row is filled up to a multiple of 128, by one more sample that nothing is learned
 from. So few different row lengths occur: matrix libraries prepare and keep code for every shape
 they meet, which for ever new lengths costs time, and tens of megabytes a step on the CPU.
+
+Without packing the batch holds the same flat row, and `model/forward.py` makes one padded row of
+each sample.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from qtune.data.chat import Sample
-from qtune.data.rows import Row
+from qtune.data.sample import Sample
 
 # tokens; what `collate` should fill rows up to in training
 ROW_MULTIPLE = 128
@@ -27,7 +33,9 @@ ROW_MULTIPLE = 128
 class Batch:
     """S samples in one row of T tokens, with N targets; what fills the row up counts as a sample.
 
-    The logits at flat position `predicts[n]` are to give the token `targets[n]`.
+    The logits at flat position `predicts[n]` are to give the token `targets[n]`, which counts
+    `weights[n]` times and belongs to sample `sample_of[n]`. What was one row of the data is
+    `num_parts` samples here, 2 for a preference row; places and labels are those of rows.
     """
 
     input_ids: Tensor  # [1, T] int64
@@ -35,36 +43,55 @@ class Batch:
     targets: Tensor  # [N] int64
     predicts: Tensor  # [N] int64
     lengths: list[int]
-    rows: list[Row]
+    places: list[str]
+    weights: Tensor | None  # [N] float32; None: all are 1
+    sample_of: Tensor  # [N] int64, indices of `lengths`; on the CPU, to be counted without waiting
+    num_parts: list[int]
+    labels: list[bool | None]
+    packing: bool = True
 
 
 def collate(
-    samples: Sequence[Sample], device: torch.device | str = "cpu", *, multiple: int = 1
+    samples: Sequence[Sample],
+    device: torch.device | str = "cpu",
+    *,
+    multiple: int = 1,
+    packing: bool = True,
 ) -> Batch:
-    """The samples as one Batch on the device, in the order given; T is a multiple of `multiple`."""
-    lengths = [len(sample.ids) for sample in samples]
-    starts = accumulate(lengths, initial=0)
-    ids = [token for sample in samples for token in sample.ids]
-    filling = -len(ids) % multiple
-    if filling:
-        ids += [0] * filling
-        lengths.append(filling)
-    at = [
-        start + i
-        for start, sample in zip(starts, samples, strict=False)
-        # The first token of a sample is predicted by nothing of its own.
-        for i in range(1, len(sample.ids))
-        if sample.supervised[i]
-    ]
+    """The rows as one Batch on the device, in the order given, the parts of each side by side.
 
-    def tensor(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64).to(device)
+    With packing, T is a multiple of `multiple`.
+    """
+    parts = [part for sample in samples for part in sample.parts]
+    lengths = [len(part.ids) for part in parts]
+    ids = _joined([part.ids for part in parts], np.int64)
+    weights = _joined([part.weights for part in parts], np.float32)
+    starts = list(accumulate(lengths, initial=0))
+    # the first token of a sample is predicted by nothing of its own
+    weights[[start for start, n in zip(starts, lengths, strict=False) if n]] = 0
+    at = np.flatnonzero(weights)
+    filling = -len(ids) % multiple if packing else 0
 
+    def tensor(values: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(values).to(device)
+
+    whole = [*lengths, filling] if filling else lengths
+    learned = weights[at]
     return Batch(
-        input_ids=tensor(ids)[None],
-        position_ids=tensor([i for length in lengths for i in range(length)])[None],
-        targets=tensor([ids[i] for i in at]),
-        predicts=tensor([i - 1 for i in at]),
-        lengths=lengths,
-        rows=[sample.row for sample in samples],
+        input_ids=tensor(np.pad(ids, (0, filling)))[None],
+        position_ids=tensor(_joined([range(length) for length in whole], np.int64))[None],
+        targets=tensor(ids[at]),
+        predicts=tensor(at - 1),
+        lengths=whole,
+        places=[sample.place for sample in samples],
+        weights=None if (learned == 1).all() else tensor(learned),
+        sample_of=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)[at]),
+        num_parts=[len(sample.parts) for sample in samples],
+        labels=[sample.label for sample in samples],
+        packing=packing,
     )
+
+
+def _joined(values: Sequence[Sequence[Any]], dtype: type[np.generic]) -> NDArray[Any]:
+    """All of them, one behind the other, in memory of their own."""
+    return np.concatenate([np.asarray(part, dtype) for part in values] or [np.empty(0, dtype)])

@@ -1,37 +1,57 @@
-"""Local files of rows: JSON lines, a JSON list, Parquet.
+"""Local files of rows: which files a path means, and the reader of each.
 
-The text formats are parsed here rather than by a library because an error has to name the line and
-column of the file. Rows are numbered by line (text) or by position (Parquet), from 1.
+A path is a file, a pattern such as `data/*.jsonl`, or a folder: one that `datasets` saved, or one
+of data files. A folder may hold several splits, by the names of its files or of the folders in it;
+`folder:train` takes one. Without a name such a folder is refused, or rows to be tested on would be
+trained on.
 """
 
 import difflib
 import json
-from collections.abc import Iterator
+import re
 from pathlib import Path
 from typing import Any
 
-from qtune.data.rows import Problems
+from qtune.data.readers import arrow, delimited, json_lines, json_list, text
+from qtune.data.records import Reader
 from qtune.errors import UserError
 
-Numbered = Iterator[tuple[int, Any]]
+READERS: dict[str, Reader] = {
+    ".jsonl": json_lines.read,
+    ".json": json_list.read,
+    ".csv": delimited.read,
+    ".tsv": delimited.read,
+    ".parquet": arrow.read_parquet,
+    ".arrow": arrow.read_arrow,
+    ".txt": text.read,
+    ".md": text.read,
+}
+_SPLITS = ("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval")
 
 
-def read(path: Path, problems: Problems) -> Numbered:
-    """Yield (number, parsed value) of every row; syntax mistakes go to `problems`.
+def find(path: Path) -> list[Path]:
+    """The files that a path means, in a fixed order; none where it cannot be a local one.
 
-    Raises UserError where the file is missing, unreadable, not UTF-8 or of an unknown kind.
+    Raises UserError where a file is missing, or where it is not clear which files are meant.
     """
-    if not path.exists():
-        raise UserError(_missing(path))
+    if "*" in str(path):
+        return _matching(path)
     if path.is_dir():
-        names = ", ".join(sorted(p.name for p in path.iterdir() if p.suffix in READERS)[:5])
-        raise UserError(f"{path}: is a folder; name a file in it" + (f": {names}" * bool(names)))
+        return _in_folder(path, None)
+    folder, _, split = str(path).rpartition(":")
+    if folder and not path.exists() and Path(folder).is_dir():
+        return _in_folder(Path(folder), split)
+    if not path.exists():
+        if path.suffix in READERS:
+            raise UserError(missing(path))
+        return []
     if path.suffix not in READERS:
         raise UserError(f"{path}: unknown kind of file; use {', '.join(READERS)}")
-    return READERS[path.suffix](path, problems)
+    return [path]
 
 
-def _missing(path: Path) -> str:
+def missing(path: Path) -> str:
+    """What to say of a path where nothing is."""
     folder = path.parent
     if not folder.is_dir():
         return f"{path}: no such file, and no folder {folder}"
@@ -41,87 +61,82 @@ def _missing(path: Path) -> str:
     return f"{path}: no such file{hint}"
 
 
-def _text(path: Path) -> str:
-    """The file's text without a byte order mark."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
+def _matching(pattern: Path) -> list[Path]:
+    root = Path(pattern.anchor)
+    relative = pattern.relative_to(root) if pattern.anchor else pattern
+    found = sorted(p for p in root.glob(str(relative)) if p.is_file() and p.suffix in READERS)
+    if not found:
+        raise UserError(f"{pattern}: no file of data has such a name; use {', '.join(READERS)}")
+    return found
+
+
+def _in_folder(folder: Path, split: str | None) -> list[Path]:
+    if (folder / "dataset_dict.json").exists():
+        return _saved(folder / _saved_split(folder, split))
+    if (folder / "state.json").exists() and split is None:
+        return _saved(folder)
+    files = sorted(p for p in folder.rglob("*") if _is_data(p.relative_to(folder)))
+    kinds = sorted({p.suffix for p in files})
+    if not files:
+        raise UserError(f"{folder}: holds no files of data; use {', '.join(READERS)}")
+    if len(kinds) > 1:
         raise UserError(
-            f"{path}:{line}: not UTF-8 (byte 0x{data[error.start]:02x}); save the file as UTF-8"
-        ) from error
+            f"{folder}: holds files of several kinds ({', '.join(kinds)}); name those that are "
+            f"meant, as in {folder}/*{kinds[0]}"
+        )
+    return _of_split(folder, files, split)
 
 
-def _json_lines(path: Path, problems: Problems) -> Numbered:
-    # Not splitlines(): JSON strings may hold U+2028 and other characters it would break at.
-    for number, line in enumerate(_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            problems.add(f"{path}:{number}:{error.colno}", f"not valid JSON: {error.msg}")
-            continue
-        yield number, value
+def _is_data(path: Path) -> bool:
+    hidden = any(part.startswith((".", "_")) for part in path.parts)
+    # Descriptions that data sets come with are no rows.
+    described = path.name in ("README.md", "dataset_info.json", "dataset_infos.json", "LICENSE.txt")
+    return path.suffix in READERS and not hidden and not described
 
 
-def _json_list(path: Path, problems: Problems) -> Numbered:
-    text = _text(path)
-    at = _skip_space(text, 0)
-    if text[at : at + 1] != "[":
-        if text.strip():
-            problems.add(f"{path}:1", "must be a list of rows; one object per line goes in .jsonl")
-        return
-    line, counted = 1, 0
-    at = _skip_space(text, at + 1)
-    while text[at : at + 1] != "]":
-        line, counted = line + text.count("\n", counted, at), at
-        try:
-            value, at = json.JSONDecoder().raw_decode(text, at)
-            yield line, value
-            at = _next_item(text, at)
-        except json.JSONDecodeError as error:
-            problems.add(f"{path}:{error.lineno}:{error.colno}", f"not valid JSON: {error.msg}")
-            return
+def _of_split(folder: Path, files: list[Path], split: str | None) -> list[Path]:
+    """The files of a split; all of them where none is named and there is only one."""
+    words = {file: _words(file.relative_to(folder)) for file in files}
+    there = [name for name in _SPLITS if any(name in found for found in words.values())]
+    if split is None and len(there) > 1:
+        raise UserError(
+            f"{folder}: holds the splits {', '.join(there)}; name one, as in {folder}:{there[0]}"
+        )
+    taken = [file for file in files if split is None or split in words[file]]
+    if not taken:
+        names = ", ".join(there) or ", ".join(file.name for file in files[:5])
+        raise UserError(f"{folder}: no file of a split '{split}'; there are {names}")
+    return taken
 
 
-def _next_item(text: str, at: int) -> int:
-    """Where the next item of a list begins, or its closing bracket."""
-    at = _skip_space(text, at)
-    if text[at : at + 1] == "]":
-        return at
-    if text[at : at + 1] != ",":
-        raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
-    after = _skip_space(text, at + 1)
-    if text[after : after + 1] == "]":
-        raise json.JSONDecodeError("a comma before the closing bracket", text, at)
-    return after
+def _words(path: Path) -> set[str]:
+    return set(re.split(r"[^a-zA-Z0-9]+", str(path)))
 
 
-def _skip_space(text: str, at: int) -> int:
-    while text[at : at + 1] in (" ", "\t", "\n", "\r"):
-        at += 1
-    return at
+def _saved_split(folder: Path, split: str | None) -> str:
+    """The split of a saved DatasetDict that is meant."""
+    names: list[str] = _json(folder / "dataset_dict.json")["splits"]
+    if split in names:
+        return str(split)
+    if split is None and len(names) == 1:
+        return names[0]
+    problem = f"has no split '{split}'" if split else "holds several splits"
+    raise UserError(
+        f"{folder}: {problem}; name one of {', '.join(names)}, as in {folder}:{names[0]}"
+    )
 
 
-def _parquet(path: Path, problems: Problems) -> Numbered:
-    # Imported here: the package takes a while, and text files do without it.
-    import pyarrow
-    from pyarrow import parquet
+def _saved(folder: Path) -> list[Path]:
+    """The files of a data set that `datasets` saved."""
+    names = [str(data["filename"]) for data in _json(folder / "state.json")["_data_files"]]
+    absent = [name for name in names if not (folder / name).exists()]
+    if absent:
+        raise UserError(f"{folder}: lacks {absent[0]}, which its state.json names; save it again")
+    return [folder / name for name in names]
 
+
+def _json(path: Path) -> Any:
     try:
-        table = parquet.ParquetFile(path)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path}: not a readable Parquet file: {error}") from error
-    number = 0
-    for batch in table.iter_batches():
-        for value in batch.to_pylist():
-            number += 1
-            yield number, value
-
-
-READERS = {".jsonl": _json_lines, ".json": _json_list, ".parquet": _parquet}
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}); save the data again") from error

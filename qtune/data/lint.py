@@ -1,154 +1,86 @@
-"""What looks wrong with the samples before training starts, each finding with its row.
+"""What looks wrong with a row's samples before training starts.
 
 Fatal findings would spoil the run without showing in the loss: nothing to learn, a doubled BOS, an
 end of turn that is never learned (the model would not stop). The others are for the user to judge.
+Rows are looked at one by one, as they are tokenised; what only shows among all of them, repeated
+rows and held-out rows that are trained on, is found by their hashes (`repeats.py`).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from itertools import takewhile
-from statistics import quantiles
 from typing import TYPE_CHECKING
 
-from qtune.data.chat import Sample, special_tokens
+from qtune.data.findings import Finding
 from qtune.data.rows import Row
+from qtune.data.sample import Sample
+from qtune.data.tokens import special_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
-@dataclass(frozen=True)
-class Finding:
-    """A problem of one row; a fatal one must stop the run."""
+class Lint:
+    """Looks at rows with one tokenizer."""
 
-    row: Row
-    problem: str
-    fatal: bool
+    def __init__(self, tokenizer: "Tokenizer") -> None:
+        self._tokenizer = tokenizer
+        self._special = set(special_tokens(tokenizer))
+        self._bos = tokenizer.bos_token_id
+        # whether the model expects a BOS, going by what its tokenizer does to plain text
+        self._adds_bos = self._bos is not None and tokenizer("a").input_ids[:1] == [self._bos]
 
-    def __str__(self) -> str:
-        return f"{self.row.place}: {self.problem}"
+    def findings(self, row: Row, samples: Sequence[Sample]) -> Iterator[Finding]:
+        """What is odd about a row and the samples it became."""
+        yield from _empty_turns(row)
+        if not samples:
+            problem = "left out: longer than data.max_length"
+            yield Finding(row.place, problem, False, "left out")
+        for number, sample in enumerate(samples):
+            for part in sample.parts:
+                yield from self._bos_findings(part, first=number == 0)
+                yield from self._mask_findings(part, last=number == len(samples) - 1)
+
+    def _bos_findings(self, part: Sample, first: bool) -> Iterator[Finding]:
+        count = sum(1 for _ in takewhile(lambda token: token == self._bos, part.ids))
+        if count > 1:
+            yield Finding(part.place, f"begins with {count} BOS tokens", True, "several BOS")
+        if self._adds_bos and count == 0 and first:
+            problem = "has no BOS token, which the tokenizer puts before plain text"
+            yield Finding(part.place, problem, False, "no BOS")
+
+    def _mask_findings(self, part: Sample, last: bool) -> Iterator[Finding]:
+        learned = [i for i, weight in enumerate(part.weights) if weight > 0]
+        if not learned:
+            yield Finding(part.place, _nothing_learned(part), True, "nothing learned")
+        elif part.num_cut:
+            problem = f"cut at data.max_length, without its last {part.num_cut} tokens"
+            yield Finding(part.place, problem, False, "cut")
+        elif last and not self._ends_turn(part, learned):
+            token = self._tokenizer.decode([part.ids[learned[-1]]])
+            problem = f"the end of the turn would not be learned (the last target is {token!r})"
+            yield Finding(part.place, problem, True, "end not learned")
+
+    def _ends_turn(self, part: Sample, learned: Sequence[int]) -> bool:
+        """Whether the last target, white space aside, is a special token."""
+        for i in reversed(learned):
+            if part.ids[i] in self._special:
+                return True
+            if str(self._tokenizer.decode([part.ids[i]])).strip():
+                return False
+        return False
 
 
-def lint(samples: Sequence[Sample], tokenizer: "Tokenizer") -> list[Finding]:
-    """Findings about single samples, repeated rows and cut rows, in row order within each kind."""
-    special = set(special_tokens(tokenizer))
-    adds_bos = _adds_bos(tokenizer)
-    found = []
-    for sample in samples:
-        found += _mask_findings(sample, special, tokenizer)
-        found += _bos_findings(sample, tokenizer.bos_token_id, adds_bos)
-        found += _empty_turns(sample)
-    return found + _repeated(samples) + _cut(samples)
-
-
-def overlap(train: Sequence[Sample], held_out: Sequence[Sample]) -> list[Finding]:
-    """Held-out rows that training also sees: the whole conversation, or its prompt."""
-    whole = {_conversation(s.row): s.row for s in reversed(train)}
-    prompts = {_conversation(s.row)[:-1]: s.row for s in reversed(train)}
-    found = []
-    for sample in held_out:
-        key = _conversation(sample.row)
-        if key in whole:
-            problem = f"held out, but also a training row ({whole[key].place})"
-        elif key[:-1] in prompts:
-            problem = f"held out, but training has its prompt ({prompts[key[:-1]].place})"
-        else:
-            continue
-        found.append(Finding(sample.row, problem, fatal=False))
-    return found
-
-
-def summary(samples: Sequence[Sample]) -> dict[str, float]:
-    """Rows, tokens, supervised tokens and their share, cut rows, and percentiles of the lengths."""
-    lengths = sorted(len(sample.ids) for sample in samples)
-    tokens = sum(lengths)
-    supervised = sum(sum(sample.supervised) for sample in samples)
-    # One sample has no quantiles, but all of them are its length.
-    percentiles = quantiles(
-        lengths * 2 if len(lengths) == 1 else lengths, n=100, method="inclusive"
+def _nothing_learned(part: Sample) -> str:
+    if not part.num_cut:
+        return "no token would be learned"
+    return (
+        f"no token would be learned ({part.num_cut} tokens were cut); raise data.max_length, or "
+        "leave such rows out with data.overlong: drop"
     )
-    return {
-        "rows": len(samples),
-        "tokens": tokens,
-        "supervised_tokens": supervised,
-        "supervised_share": supervised / tokens,
-        "cut_rows": sum(sample.num_cut > 0 for sample in samples),
-        "length_min": lengths[0],
-        "length_p50": percentiles[49],
-        "length_p90": percentiles[89],
-        "length_p99": percentiles[98],
-        "length_max": lengths[-1],
-    }
 
 
-def _mask_findings(sample: Sample, special: set[int], tokenizer: "Tokenizer") -> list[Finding]:
-    trained = [i for i, learned in enumerate(sample.supervised) if learned]
-    if not trained:
-        cut = f" ({sample.num_cut} tokens were cut)" if sample.num_cut else ""
-        return [Finding(sample.row, f"no token would be learned{cut}", fatal=True)]
-    # A cut sample has lost its end, which was announced when cutting was asked for.
-    if sample.num_cut or _ends_turn(sample, trained, special, tokenizer):
-        return []
-    last = tokenizer.decode([sample.ids[trained[-1]]])
-    problem = f"the end of the turn would not be learned (the last target is {last!r})"
-    return [Finding(sample.row, problem, fatal=True)]
-
-
-def _ends_turn(
-    sample: Sample, trained: Sequence[int], special: set[int], tokenizer: "Tokenizer"
-) -> bool:
-    """Whether the last target, white space aside, is a special token."""
-    for i in reversed(trained):
-        if sample.ids[i] in special:
-            return True
-        if str(tokenizer.decode([sample.ids[i]])).strip():
-            return False
-    return False
-
-
-def _adds_bos(tokenizer: "Tokenizer") -> bool:
-    """Whether the model expects a BOS, going by what its tokenizer does to plain text."""
-    ids = tokenizer("a").input_ids
-    return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
-
-
-def _bos_findings(sample: Sample, bos: int | None, adds_bos: bool) -> list[Finding]:
-    count = sum(1 for _ in takewhile(lambda token: token == bos, sample.ids))
-    if count > 1:
-        return [Finding(sample.row, f"begins with {count} BOS tokens", fatal=True)]
-    if adds_bos and count == 0:
-        problem = "has no BOS token, which the tokenizer puts before plain text"
-        return [Finding(sample.row, problem, fatal=False)]
-    return []
-
-
-def _empty_turns(sample: Sample) -> list[Finding]:
-    return [
-        Finding(sample.row, f"message {i} ({message['role']}) is empty", fatal=False)
-        for i, message in enumerate(sample.row.messages, start=1)
-        if not message["content"].strip()
-    ]
-
-
-def _repeated(samples: Sequence[Sample]) -> list[Finding]:
-    seen: dict[tuple[tuple[str, str], ...], Row] = {}
-    found = []
-    for sample in samples:
-        first = seen.setdefault(_conversation(sample.row), sample.row)
-        if first is not sample.row:
-            found.append(Finding(sample.row, f"the same as {first.place}", fatal=False))
-    return found
-
-
-def _cut(samples: Sequence[Sample]) -> list[Finding]:
-    """One finding for all cut rows, at the first of them."""
-    cut = [sample for sample in samples if sample.num_cut]
-    if not cut:
-        return []
-    share = len(cut) / len(samples)
-    problem = f"cut at data.max_length, as {len(cut)} of {len(samples)} rows are ({share:.0%})"
-    return [Finding(cut[0].row, problem, fatal=False)]
-
-
-def _conversation(row: Row) -> tuple[tuple[str, str], ...]:
-    return tuple((message["role"], message["content"]) for message in row.messages)
+def _empty_turns(row: Row) -> Iterator[Finding]:
+    for i, message in enumerate(row.messages, start=1):
+        if not str(message.get("content") or "").strip() and not message.get("tool_calls"):
+            problem = f"message {i} ({message['role']}) is empty"
+            yield Finding(row.place, problem, False, "empty turn")

@@ -1,121 +1,175 @@
-"""Where conversations come from: a file, a hub data set or the demo, by the form of one string.
+"""Where rows come from, by the form of a source's path, and how they are read.
 
-    demo:train, demo:train?rows=500      made by `demo.py`
-    train.jsonl, train.json, x.parquet   a local file
-    org/name, org/name:split             a data set on the Hugging Face hub
+    demo:train, demo:train?rows=500                    made by `demo.py`
+    train.jsonl, data/*.parquet, folder, folder:train  local files (`files.py`)
+    org/name, org/name:split, org/name:config:split    a data set on the hub (`hub.py`)
 
-An unreachable hub is found out with one short request first: the `datasets` library would retry for
-minutes. A recipe without a validation set gets one by `split_off`.
+Rows are read one after the other, whatever the size of the source. A mistake in one does not end
+the reading, so that several are told at once.
 """
 
-import os
-import random
-import re
-import urllib.error
-import urllib.request
-from collections.abc import Iterable
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl
 
-from qtune.data import demo, files
-from qtune.data.rows import Problems, Row, checked_row
+from qtune.data import demo_source, files
+from qtune.data.convert import Converter
+from qtune.data.hub import HubData
+from qtune.data.records import Broken, Records, opened
+from qtune.data.rows import Mistakes, Problems, Row
+from qtune.data.values import BadRow
 from qtune.errors import UserError
-
-__all__ = ["Row", "load", "split_off"]
-
-HUB_TIMEOUT_S = 5.0
-_HUB_ID = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<split>[\w.-]+(\[[\d:%-]+\])?))?")
+from qtune.recipe_data import Source
 
 
-def load(source: str) -> list[Row]:
-    """Every row of a source, checked.
+@dataclass(frozen=True)
+class Position:
+    """How far a source was read: its file, the records taken of that one, the rows given so far."""
+
+    file: int = 0
+    records: int = 0
+    rows: int = 0
+
+
+class Rows(Iterator[Row]):
+    """The rows of a source; `position` is where to go on reading behind the last one given.
+
+    Iterating raises UserError with the tenth mistake, or at the end where there are fewer; given
+    `mistakes`, they go there instead, and the rows are left out.
+    """
+
+    def __init__(
+        self, source: Source, *, streaming: bool, mistakes: Mistakes | None, position: Position
+    ) -> None:
+        self.position = position
+        self._source = source
+        self._problems = Problems()
+        self._mistakes: Mistakes = mistakes or self._problems
+        self._from_start = position == Position()
+        self._converter = Converter(source)
+        self._parts = _parts(source, streaming=streaming)
+        self._rows = self._read()
+
+    def __next__(self) -> Row:
+        return next(self._rows)
+
+    def _read(self) -> Iterator[Row]:
+        limit = self._source.rows
+        left = None if limit is None else max(0, limit - self.position.rows)
+        yield from islice(self._all(), left)
+        self._finish()
+
+    def _all(self) -> Iterator[Row]:
+        start, given = self.position, self.position.rows
+        for index, (name, records) in enumerate(self._parts):
+            if index < start.file:
+                continue
+            taken = start.records if index == start.file else 0
+            for number, record in records(taken):
+                taken += 1
+                row = self._row(name, number, record)
+                if row is not None:
+                    given += 1
+                    self.position = Position(index, taken, given)
+                    yield row
+
+    def _row(self, name: str, number: int, record: Any) -> Row | None:
+        """The row in a record; None where it is left out or wrong, which has been noted then."""
+        place = f"{name}:{number}"
+        if isinstance(record, Broken):
+            column = "" if record.column is None else f":{record.column}"
+            self._mistakes.add(place + column, record.problem)
+            return None
+        try:
+            parts = self._converter.parts(record)
+        except BadRow as bad:
+            for fault in bad.faults:
+                self._mistakes.add(place, fault)
+            return None
+        return None if parts is None else Row(name, number, **vars(parts))
+
+    def _finish(self) -> None:
+        """Raises UserError for what only the end shows."""
+        self._problems.raise_if_any()
+        if self._from_start:
+            self._converter.finish()
+        if not self.position.rows:
+            left = " that `where` takes" if self._source.where else ""
+            raise UserError(f"{self._source.path}: holds no rows{left}")
+
+
+def read(
+    source: Source,
+    *,
+    streaming: bool = False,
+    mistakes: Mistakes | None = None,
+    position: Position | None = None,
+) -> Rows:
+    """The rows of a source behind `position`, as they are read; `streaming` downloads as little.
+
+    Raises UserError where the source cannot be read, and while iterating (see Rows).
+    """
+    start = Position() if position is None else position
+    return Rows(source, streaming=streaming, mistakes=mistakes, position=start)
+
+
+def load(source: str | Source) -> list[Row]:
+    """Every row of a source.
 
     Raises UserError with up to ten mistakes, each with its file and line.
     """
-    problems = Problems()
-    rows = [checked_row(source, number, row, problems) for number, row in _open(source, problems)]
-    problems.raise_if_any()
-    found = [row for row in rows if row is not None]
-    if not found:
-        raise UserError(f"{source}: holds no rows")
-    return found
+    return list(read(Source(path=source) if isinstance(source, str) else source))
 
 
-def split_off(rows: list[Row], share: float = 0.05, seed: int = 0) -> tuple[list[Row], list[Row]]:
-    """(train, held out): a fixed random share of the rows, at least one, set aside in file order.
+def fingerprint(source: Source) -> str:
+    """A hash, in hex, of all that decides which rows the source gives: contents and options.
 
-    Raises UserError where there are not two rows to divide.
+    Raises UserError where the source cannot be found.
     """
-    if len(rows) < 2:
+    options = asdict(source)
+    del options["weight"]
+    given = [options, _contents(source)]
+    return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
+
+
+def _contents(source: Source) -> list[str]:
+    """What identifies the contents; nothing for the demo, which its arguments say in full."""
+    if source.path.startswith("demo:"):
+        return []
+    found, hub = _located(source)
+    return [hub.fingerprint()] if hub else [f"{path} {_sha256(path)}" for path in found]
+
+
+def _sha256(path: Path) -> str:
+    with opened(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _parts(source: Source, *, streaming: bool) -> list[tuple[str, Callable[[int], Records]]]:
+    """Name and reader of each file of a source, or of the one part that others have."""
+    if source.path.startswith("demo:"):
+        rows = demo_source.records(source.path)
+        return [(source.path, lambda skip: iter(list(enumerate(rows, start=1))[skip:]))]
+    found, hub = _located(source)
+    if hub is not None:
+        return [(source.path, partial(hub.records, streaming=streaming))]
+    return [(str(path), partial(files.READERS[path.suffix], path)) for path in found]
+
+
+def _located(source: Source) -> tuple[list[Path], HubData | None]:
+    """The local files of a source, or else its data set on the hub."""
+    path = Path(source.path).expanduser()
+    found = files.find(path)
+    hub = None if found else HubData.parse(source.path, source.revision)
+    if not found and hub is None:
+        raise UserError(files.missing(path))
+    if found and source.revision is not None:
         raise UserError(
-            f"{rows[0].source if rows else 'the data'}: a single row cannot be divided into "
-            "training and validation; add rows, or name data.validation"
+            f"{source.path}: revision is for data sets of the hub, but this is a local file"
         )
-    draw = random.Random(f"held out {seed}").random
-    ranked = sorted((draw(), i) for i in range(len(rows)))
-    aside = {i for _, i in ranked[: max(1, round(share * len(rows)))]}
-    train = [row for i, row in enumerate(rows) if i not in aside]
-    return train, [row for i, row in enumerate(rows) if i in aside]
-
-
-def _open(source: str, problems: Problems) -> Iterable[tuple[int, Any]]:
-    """(number, unchecked value) of every row."""
-    if source.startswith("demo:"):
-        return enumerate(_demo(source), start=1)
-    path = Path(source).expanduser()
-    hub = _HUB_ID.fullmatch(source)
-    if path.exists() or path.suffix in files.READERS or hub is None:
-        return files.read(path, problems)
-    return enumerate(_hub(source, hub["name"], hub["split"] or "train"), start=1)
-
-
-def _demo(source: str) -> list[dict[str, Any]]:
-    name, _, query = source.removeprefix("demo:").partition("?")
-    if name not in demo.SIZES:
-        raise UserError(
-            f"{source}: no such split; use {', '.join(f'demo:{s}' for s in demo.SIZES)}"
-        )
-    options = dict(parse_qsl(query, keep_blank_values=True))
-    for key, value in options.items():
-        if key not in ("rows", "seed") or not value.isdecimal() or (value == "0" and key == "rows"):
-            raise UserError(
-                f"{source}: '{key}={value}' is not an option; write ?rows=500 or ?seed=1"
-            )
-    count = int(options["rows"]) if "rows" in options else None
-    return demo.rows(name, count, int(options.get("seed", 0)))
-
-
-def _hub(source: str, name: str, split: str) -> Iterable[Any]:
-    _ask_hub(source)
-    # Imported here: seconds that files and the demo do not need.
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError, DatasetsError
-
-    try:
-        rows: Iterable[Any] = load_dataset(name, split=split)
-    except DatasetNotFoundError as error:
-        raise UserError(
-            f"{source}: no such data set on the hub, or it needs a login (`hf auth login`), "
-            "and no such local file"
-        ) from error
-    except (DatasetsError, ValueError, OSError) as error:
-        raise UserError(f"{source}: cannot be loaded from the hub: {error}") from error
-    return rows
-
-
-def _ask_hub(source: str) -> None:
-    """Raise UserError unless the hub answers, with whatever status, within seconds."""
-    if {os.environ.get("HF_HUB_OFFLINE"), os.environ.get("HF_DATASETS_OFFLINE")} & {"1", "true"}:
-        return
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    request = urllib.request.Request(endpoint, method="HEAD")
-    try:
-        urllib.request.urlopen(request, timeout=HUB_TIMEOUT_S).close()
-    except urllib.error.HTTPError:
-        return
-    except OSError as error:
-        raise UserError(
-            f"{source}: no such local file, and the hub {endpoint} cannot be reached ({error}); "
-            "name a local file, or set HF_HUB_OFFLINE=1 to use what was downloaded before"
-        ) from error
+    return found, hub

@@ -1,29 +1,38 @@
 """Which characters of a rendered conversation the assistant wrote: verified, never guessed.
 
-A chat template is a program that may do anything with the messages, so each assistant turn is
-located by the first of three ways whose result can be checked against the full rendering:
+A chat template is a program that may do anything with the messages, so the beginning and the end of
+each turn are taken from renderings of changed conversations, and hold only if all else stays where
+it was:
 
-1. markers: the template itself says `{% generation %}`;
-2. prefix difference: the conversation before the turn, with the generation prompt, and the
-   conversation up to the turn must both be beginnings of the full rendering; the turn lies between;
-3. sentinels: private-use characters around the content, accepted only if taking them out gives back
-   the full rendering. (Templates that drop the thoughts of earlier turns need this one.)
+- prefix: the conversation before the turn, with the generation prompt, must be a beginning of the
+  full rendering; the turn begins behind it, where the model begins at inference. Likewise the
+  conversation up to the turn, for its end;
+- stand-in: the turn is replaced by private-use characters, and what is rendered before and behind
+  them must be the beginning and the end of the full rendering (templates that drop the thoughts of
+  earlier turns, or render the last message differently, need this one);
+- neighbours: the messages before and behind the turn are replaced in the same way (templates that
+  move tools to the last question, or refuse a plain answer in place of a tool call).
 
-Spans end right behind the turn's terminator (`<|im_end|>`, `</s>`, ...), which must be learned or
-the model never stops; the line break that many templates put behind it is left out, since
-generation has stopped by then.
+A template may also mark what is generated itself. Its marks may narrow a turn that was located, but
+they do not widen it.
+
+A turn ends right behind its terminator (`<|im_end|>`, `</s>`, ...), which must be learned or the
+model never stops. What some templates put behind that, a line break or an end-of-text token, is
+left out: generation has stopped by then.
 """
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
-Message = dict[str, str]
+from qtune.data.rows import Message
+
 Span = tuple[int, int]
 
-# Unassigned for good (private use), and pairs, so that single ones in the data do no harm.
-_BEGIN, _END = "\ue0f0\ue0f1", "\ue0f2\ue0f3"
-_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# Unassigned for good (private use), and several, so that single ones in the data do no harm.
+_STAND_IN = "\ue0f0\ue0f1\ue0f2"
 
 
 class RenderError(Exception):
@@ -31,7 +40,7 @@ class RenderError(Exception):
 
 
 class SpanError(Exception):
-    """No way of locating an assistant turn passed its check."""
+    """No way of locating a message passed its check."""
 
 
 class Render(Protocol):
@@ -42,96 +51,175 @@ class Render(Protocol):
         ...
 
 
-def has_markers(template: str) -> bool:
-    """Whether a template marks the assistant's text with `{% generation %}`."""
-    return _MARKER.search(template) is not None
+@dataclass(frozen=True)
+class Rendered:
+    """Messages with their rendering `text`; `special` are the tokenizer's special tokens."""
 
+    render: Render
+    messages: Sequence[Message]
+    text: str
+    special: Sequence[str]
 
-def assistant_spans(
-    render: Render, messages: Sequence[Message], full: str, special: Sequence[str]
-) -> list[Span]:
-    """(start, end) in `full` of every assistant turn, in order, terminator included.
+    def answers(self) -> dict[int, Span]:
+        """(start, end) in the text of every assistant turn, by its index, terminator included.
 
-    `full` is `render(messages)`; `special` are the tokenizer's special tokens as text. Raises
-    SpanError where a turn cannot be located beyond doubt.
-    """
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    spans = [_by_prefix(render, messages, turn, full) for turn in turns]
-    if None in spans:
-        bare = _by_sentinels(render, messages, full)
-        if len(bare) != len(turns):
-            raise SpanError("the template changes or drops an assistant message")
-        closed = _with_terminators(bare, full, special)
-        spans = [span or other for span, other in zip(spans, closed, strict=True)]
-    return [_without_tail(span, full, special) for span in spans if span]
+        Raises SpanError where one cannot be located beyond doubt.
+        """
+        found = {}
+        for i in self._turns:
+            start, end = self._start(i), self._end(i)
+            if start is None or end is None or start >= end:
+                raise SpanError(f"the template changes or drops message {i + 1}, an assistant's")
+            found[i] = start, end
+        return found
 
+    def content(self, index: int) -> Span:
+        """(start, end) in the text of what one message contributes. Raises SpanError."""
+        start, end = self._replaced(index)
+        if start is None or end is None or start > end:
+            raise SpanError(f"the template changes or drops message {index + 1}")
+        return start, end
 
-def marked_spans(spans: Sequence[Span], full: str, special: Sequence[str]) -> list[Span]:
-    """The spans a template marked itself, each with its turn's terminator."""
-    closed = _with_terminators(list(spans), full, special)
-    return [_without_tail(span, full, special) for span in closed]
+    def within(self, marks: Sequence[Span]) -> dict[int, list[Span]]:
+        """The parts of each assistant turn that the template marked as generated.
 
+        What is marked outside of the turns (headers, an end-of-text token) is left out. Where the
+        turns cannot be located, one mark for each is believed. Raises SpanError where a turn has no
+        mark, or a mark holds text of no turn.
+        """
+        try:
+            answers = self.answers()
+        except SpanError as error:
+            return self._one_each(marks, error)
+        found: dict[int, list[Span]] = {turn: [] for turn in answers}
+        for start, end in marks:
+            touched = [turn for turn, (a, b) in answers.items() if start < b and end > a]
+            if not touched and self._is_text(start, end):
+                marked = self.text[start:end][:40]
+                raise SpanError(f"it marks {marked!r}, which is not the assistant's")
+            for turn in touched:
+                first, last = answers[turn]
+                # a mark that leaves out the terminator ends with the content
+                closed = last if self._behind(min(end, last)) == last else min(end, last)
+                found[turn].append((max(start, first), closed))
+        for turn, parts in found.items():
+            if not parts:
+                raise SpanError(f"it marks nothing of message {turn + 1}, an assistant's")
+        return found
 
-def _by_prefix(render: Render, messages: Sequence[Message], turn: int, full: str) -> Span | None:
-    try:
-        before = render(messages[:turn], add_generation_prompt=True)
-        upto = full if turn == len(messages) - 1 else render(messages[: turn + 1])
-    except RenderError:
-        return None
-    if full.startswith(before) and full.startswith(upto) and len(before) < len(upto):
-        return len(before), len(upto)
-    return None
+    def _one_each(self, marks: Sequence[Span], error: SpanError) -> dict[int, list[Span]]:
+        """The marks with text as the turns. Raises `error` where they are not as many."""
+        texts = [(start, end) for start, end in marks if self._is_text(start, end)]
+        if len(texts) != len(self._turns):
+            raise error
+        return {
+            turn: [(start, self._behind(end) or start + len(self.text[start:end].rstrip()))]
+            for turn, (start, end) in zip(self._turns, texts, strict=True)
+        }
 
+    @cached_property
+    def _turns(self) -> list[int]:
+        return [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
 
-def _by_sentinels(render: Render, messages: Sequence[Message], full: str) -> list[Span]:
-    """Spans of the contents alone; empty where the check fails."""
-    stripped = [{**message, "content": message["content"].strip()} for message in messages]
-    for candidate in (stripped, messages):
-        marked = render([_marked(message) for message in candidate])
-        if marked.replace(_BEGIN, "").replace(_END, "") == full:
-            return _between_sentinels(marked)
-    return []
+    @cached_property
+    def _terminator(self) -> str | None:
+        """The special token behind an answer, None where there is none.
 
+        It is looked for behind the last turn, where no header of a next one can be taken for it.
+        """
+        last = self._turns[-1]
+        halves = self._halves(self.messages[: last + 1], last)
+        if halves is None:
+            return None
+        behind = halves[1].lstrip()
+        return max((t for t in self.special if behind.startswith(t)), key=len, default=None)
 
-def _marked(message: Message) -> Message:
-    if message["role"] != "assistant":
-        return message
-    return {**message, "content": f"{_BEGIN}{message['content']}{_END}"}
+    def _start(self, turn: int) -> int | None:
+        before = self._try(self.messages[:turn], add_generation_prompt=True)
+        if before is not None and self.text.startswith(before):
+            return len(before)
+        start = self._start_behind_previous(turn)
+        return self._replaced(turn)[0] if start is None else start
 
+    def _start_behind_previous(self, turn: int) -> int | None:
+        """Behind the message before the turn and the generation prompt."""
+        if turn == 0:
+            return None
+        _, end = self._replaced(turn - 1)
+        asked = self._halves(self.messages[:turn], turn - 1, add_generation_prompt=True)
+        if end is None or asked is None or not self.text.startswith(asked[1], end):
+            return None
+        return end + len(asked[1])
 
-def _between_sentinels(marked: str) -> list[Span]:
-    """Where the marked stretches lie once the sentinels are taken out."""
-    spans = []
-    removed = 0
-    for found in re.finditer(f"{_BEGIN}(.*?){_END}", marked, re.DOTALL):
-        start = found.start() - removed
-        spans.append((start, start + len(found[1])))
-        removed += len(_BEGIN) + len(_END)
-    return spans
+    def _end(self, turn: int) -> int | None:
+        _, content_end = self._replaced(turn)
+        end = None if content_end is None else self._behind(content_end)
+        if end is None:
+            end = self._end_by_prefix(turn)
+        if end is None:
+            end = self._end_before_next(turn)
+        return content_end if end is None else end
 
+    def _behind(self, end: int) -> int | None:
+        """The end of the terminator that follows; None where it does not."""
+        if self._terminator is None:
+            return None
+        found = re.compile(rf"\s*{re.escape(self._terminator)}").match(self.text, end)
+        return found.end() if found else None
 
-def _with_terminators(spans: list[Span], full: str, special: Sequence[str]) -> list[Span]:
-    """Spans that end before a terminator, lengthened by it.
+    def _end_by_prefix(self, turn: int) -> int | None:
+        """The end of the conversation up to the turn, without space behind a special token."""
+        last = turn == len(self.messages) - 1
+        upto = self.text if last else self._try(self.messages[: turn + 1])
+        if upto is None or not self.text.startswith(upto):
+            return None
+        bare = upto.rstrip()
+        return len(bare) if bare.endswith(tuple(self.special)) else len(upto)
 
-    The terminator is the special token behind the last turn, where no next turn can be meant by it.
-    """
-    if not spans or not special:
-        return spans
-    any_special = "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True))
-    behind = re.compile(rf"\s*({any_special})").match(full, spans[-1][1])
-    if behind is None:
-        return spans
-    terminator = re.compile(rf"\s*{re.escape(behind[1])}")
-    closed = []
-    for start, end in spans:
-        found = terminator.match(full, end)
-        ended = full[start:end].rstrip().endswith(tuple(special))
-        closed.append((start, found.end() if found and not ended else end))
-    return closed
+    def _end_before_next(self, turn: int) -> int | None:
+        """The end of the last terminator before the content of the next message."""
+        if turn == len(self.messages) - 1 or self._terminator is None:
+            return None
+        start, (following, _) = self._start(turn), self._replaced(turn + 1)
+        if start is None or following is None:
+            return None
+        found = self.text.rfind(self._terminator, start, following)
+        return None if found < 0 else found + len(self._terminator)
 
+    def _replaced(self, index: int) -> tuple[int | None, int | None]:
+        """Where a message starts and ends, each None where the rest of the text has changed."""
+        halves = self._halves(self.messages, index)
+        if halves is None:
+            return None, None
+        head, tail = halves
+        start = len(head) if self.text.startswith(head) else None
+        return start, len(self.text) - len(tail) if self.text.endswith(tail) else None
 
-def _without_tail(span: Span, full: str, special: Sequence[str]) -> Span:
-    """The span without white space behind its terminator."""
-    start, end = span
-    text = full[start:end].rstrip()
-    return (start, start + len(text)) if text.endswith(tuple(special)) else span
+    def _halves(
+        self, messages: Sequence[Message], index: int, *, add_generation_prompt: bool = False
+    ) -> tuple[str, str] | None:
+        """The rendering before and behind a message; None where it cannot be replaced."""
+        # of an answer only stays that it is one
+        kept = messages[index] if messages[index]["role"] != "assistant" else {"role": "assistant"}
+        changed = [*messages[:index], kept | {"content": _STAND_IN}, *messages[index + 1 :]]
+        text = self._try(changed, add_generation_prompt=add_generation_prompt)
+        if text is None or text.count(_STAND_IN) != 1:
+            return None
+        head, _, tail = text.partition(_STAND_IN)
+        return head, tail
+
+    def _try(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = False
+    ) -> str | None:
+        """The rendering; None where the template refuses the messages."""
+        try:
+            return self.render(messages, add_generation_prompt=add_generation_prompt)
+        except RenderError:
+            return None
+
+    def _is_text(self, start: int, end: int) -> bool:
+        """Whether there is more than special tokens and white space."""
+        rest = self.text[start:end]
+        for token in self.special:
+            rest = rest.replace(token, "")
+        return bool(rest.strip())

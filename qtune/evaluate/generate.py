@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from qtune.data.chat import prompt_ids, special_tokens
+from qtune.data.chat import end_of_turn, prompt_ids
 from qtune.data.rows import Row
 from qtune.evaluate.mode import measuring
 from qtune.model.forward import inner_model, takes_logits_to_keep
@@ -53,7 +53,7 @@ def answer(
     `on_progress(done, total)` is called after each batch. Raises UserError where the chat template
     refuses a conversation.
     """
-    prompts = [prompt_ids(tokenizer, row.messages[:-1]) for row in rows]
+    prompts = [prompt_ids(tokenizer, row.messages[:-1], row.tools, row.plain) for row in rows]
     stops = stop_ids(model, tokenizer)
     answers: list[list[int]] = [[] for _ in rows]
     # longest first: what does not fit into memory fails at once
@@ -76,7 +76,8 @@ def stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Sorted ids that end an answer: of generation config, tokenizer and chat template."""
     configured = inner_model(model).generation_config.eos_token_id
     several = configured if isinstance(configured, list) else [configured]
-    found = {*several, tokenizer.eos_token_id, _end_of_turn(tokenizer)}
+    turn_end = end_of_turn(tokenizer) if tokenizer.chat_template else None
+    found = {*several, tokenizer.eos_token_id, turn_end}
     return sorted(found - {None})
 
 
@@ -151,15 +152,3 @@ def _left_padded(rows: list[list[int]], width: int) -> Tensor:
 def _until_stop(ids: list[int], stops: list[int]) -> list[int]:
     end = next((i + 1 for i, token in enumerate(ids) if token in stops), len(ids))
     return ids[:end]
-
-
-def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token that the chat template puts behind an assistant's message, if it does."""
-    question = {"role": "user", "content": "Which?"}
-    asked = prompt_ids(tokenizer, [question])
-    told = prompt_ids(tokenizer, [question, {"role": "assistant", "content": "This."}])
-    # the header of an answer to come may hold more than that of a given one, so compare
-    pairs = enumerate(zip(asked, told, strict=False))
-    same = next((i for i, (a, b) in pairs if a != b), len(asked))
-    special = special_tokens(tokenizer)
-    return next((token for token in told[same:] if token in special), None)

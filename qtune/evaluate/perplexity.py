@@ -1,7 +1,8 @@
 """How well a model predicts held-out answers, and how far its distributions are from another's.
 
 The loss is the mean cross entropy over all supervised tokens of all batches (not a mean of means),
-in float32, summed in float64; perplexity is its exponential.
+in float32, summed in float64; tokens with a weight count so many times, as they do in training.
+Perplexity is its exponential.
 
 KL and top-1 agreement compare whole distributions with those of a Reference, the trained model. A
 Reference keeps log-probabilities in float16 of the first supervised tokens only, 2 bytes times the
@@ -42,7 +43,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Mean cross entropy over `tokens` supervised tokens and the distance from a reference.
+    """Mean cross entropy of `tokens` supervised tokens, and the distance from a reference.
 
     `kl` is KL(reference || model) per token in nats, `top1` the share of tokens where both have the
     same likeliest token, over `compared` tokens; None without a reference.
@@ -78,8 +79,8 @@ def held_out(
         raise ValueError("there is no supervised token in the held-out batches")
     totals = _Totals(reference, keep_tokens)
     with measuring(model):
-        for logits, targets in _pieces(model, batches):
-            totals.add(logits, targets)
+        for logits, targets, weights in _pieces(model, batches):
+            totals.add(logits, targets, weights)
     return totals.result()
 
 
@@ -89,13 +90,15 @@ class _Totals:
     def __init__(self, reference: Reference | None, keep_tokens: int) -> None:
         self.reference, self.keep_tokens = reference, keep_tokens
         self.tokens = self.compared = self.agreed = 0
-        self.loss = self.kl = 0.0
+        self.loss = self.weight = self.kl = 0.0
         self.kept: list[Reference] = []
 
-    def add(self, logits: Tensor, targets: Tensor) -> None:
-        """Take in logits [n, V] for targets [n]."""
+    def add(self, logits: Tensor, targets: Tensor, weights: Tensor) -> None:
+        """Take in logits [n, V] for targets [n] with weights [n]."""
         q = torch.log_softmax(logits, -1, dtype=torch.float32)
-        self.loss -= q.gather(1, targets.unsqueeze(1)).sum(dtype=torch.float64).item()
+        found = q.gather(1, targets.unsqueeze(1)).squeeze(1)
+        self.loss -= (weights * found).sum(dtype=torch.float64).item()
+        self.weight += weights.sum(dtype=torch.float64).item()
         self._keep(q[: max(0, self.keep_tokens - self.tokens)], targets)
         if self.reference is not None:
             self._compare(q, targets, self.reference)
@@ -104,7 +107,7 @@ class _Totals:
     def result(self) -> Likelihood:
         """The means."""
         kept = _joined(self.kept) if self.kept else None
-        loss = self.loss / self.tokens
+        loss = self.loss / self.weight
         if self.reference is None:
             return Likelihood(loss, self.tokens, kept=kept)
         if self.compared != len(self.reference.targets):
@@ -131,12 +134,15 @@ class _Totals:
         self.compared += num
 
 
-def _pieces(model: nn.Module, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits [n, V] and targets [n], few rows at a time."""
+def _pieces(model: nn.Module, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Logits [n, V], targets [n] and weights [n], few rows at a time."""
     for batch in batches:
         if len(batch.targets):
-            logits = forward_logits(model, batch)
-            yield from zip(*(torch.split(t, ROWS) for t in (logits, batch.targets)), strict=True)
+            weights = batch.weights
+            if weights is None:
+                weights = torch.ones_like(batch.targets, dtype=torch.float32)
+            rows = forward_logits(model, batch), batch.targets, weights
+            yield from zip(*(torch.split(tensor, ROWS) for tensor in rows), strict=True)
 
 
 def _joined(parts: list[Reference]) -> Reference:

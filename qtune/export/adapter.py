@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
+from torch import Tensor
 
 from qtune.export.folder.load import load_adapter, load_model
 from qtune.export.folder.trained import Form, Trained
@@ -41,9 +42,18 @@ class AdapterExporter:
         return load_adapter(load_model(base_folder, device), folder)
 
 
-def write_adapter(model: PeftModel, folder: Path, base: str, revision: str | None) -> None:
-    """Write the active adapter as a PEFT folder that names `base` as its base model."""
-    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+def write_adapter(
+    model: PeftModel,
+    folder: Path,
+    base: str,
+    revision: str | None,
+    tensors: dict[str, Tensor] | None = None,
+) -> None:
+    """Write the active adapter as a PEFT folder that names `base` as its base model.
+
+    `tensors` are the trained parameters by name, where the model holds only a part of each.
+    """
+    state = get_peft_model_state_dict(model, state_dict=tensors, save_embedding_layers=False)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     if Path(base).expanduser().is_dir():

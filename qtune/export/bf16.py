@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 from qtune.export.folder.companions import write_config
 from qtune.export.folder.load import load_model
-from qtune.export.folder.shards import write_shards
 from qtune.export.folder.trained import Form, Trained
 from qtune.model.checkpoint import stored_dtype, weight_files
 from qtune.model.merge import merged_tensors, untied
+from qtune.model.shards import write_shards
 from qtune.recipe import Recipe
 
 

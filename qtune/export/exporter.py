@@ -9,7 +9,7 @@ quantized again: that rounds the adapter away.
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +17,8 @@ from typing import Any, Protocol
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qtune.errors import UserError
 from qtune.export.adapter import write_adapter
@@ -30,6 +31,7 @@ __all__ = [
     "Form",
     "Trained",
     "check",
+    "check_mixture",
     "export",
     "exporter_names",
     "load_exporter",
@@ -83,6 +85,24 @@ def check(recipe: Recipe, names: tuple[str, ...], form: Form = "pair") -> None:
         raise UserError("\n".join(problems))
 
 
+def check_mixture(recipe: Recipe, names: Sequence[str], layers: Iterable[str]) -> None:
+    """Raises UserError for exports that cannot hold a mixture of experts, if the model is one.
+
+    `layers` are the names of its linear layers, where quantized experts are layers of their own.
+    """
+    if not any(".expert_" in layer for layer in layers):
+        return
+    problems = []
+    if "bitsandbytes" in names:
+        problems.append("bitsandbytes: transformers loads no quantized experts with it")
+    if "qtune" in names and recipe.merge.quantized == "merged":
+        problems.append("qtune: a mixture's experts are exported as a pair; set merge.quantized")
+    if "adapter" in names and recipe.lora.experts:
+        problems.append("adapter: PEFT alone has no such layers; export bf16, or drop lora.experts")
+    if problems:
+        raise UserError("\n".join(f"export {problem}" for problem in problems))
+
+
 def export(name: str, trained: Trained, folder: Path) -> Path:
     """`folder`, written whole: weights, configuration, tokenizer and all that goes along, and
     qtune.json.
@@ -92,6 +112,7 @@ def export(name: str, trained: Trained, folder: Path) -> Path:
     """
     exporter = load_exporter(name)
     check(trained.recipe, (name,), trained.form)
+    check_mixture(trained.recipe, (name,), dict(trained.base.named_modules()))
     with _in_place_of(folder, manifest.NAME) as partial:
         need_space(partial, exporter.size_bytes(trained))
         form = exporter.write(trained, partial)
@@ -101,11 +122,22 @@ def export(name: str, trained: Trained, folder: Path) -> Path:
 
 
 def write_run_adapter(
-    model: PeftModel, folder: Path, base: str, revision: str | None = None
+    model: PeftModel,
+    folder: Path,
+    base: str,
+    revision: str | None = None,
+    tensors: dict[str, Tensor] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
-    """Write a run's adapter as a PEFT folder for the model named `base`, whole or not at all."""
+    """Write a run's adapter as a PEFT folder for the model named `base`, whole or not at all.
+
+    `tensors` are the trained parameters by name, where the model holds only a part of each. With
+    `tokenizer`, its chat template and the template's hash lie beside them.
+    """
     with _in_place_of(folder, "adapter_config.json") as partial:
-        write_adapter(model, partial, base, revision)
+        write_adapter(model, partial, base, revision, tensors)
+        if tokenizer is not None:
+            manifest.write_template(partial, tokenizer)
 
 
 def need_space(folder: Path, size_bytes: int) -> None:

@@ -4,8 +4,8 @@ Batches are rows without padding: `position_ids` restart at every sample, and `s
 how long each is. Where there is a kernel for such rows (qtune_kernels.attention), it gets them as
 they are. Elsewhere the samples are laid side by side and filled up to the longest for PyTorch's
 SDPA; under a causal mask the filling is never seen. Where lengths differ too much for that, each
-sample gets its own call. On the CPU SDPA runs in float32: there PyTorch's bf16 kernels take three
-times as long, mostly backward.
+run of samples of similar length gets its own call. On the CPU SDPA runs in float32: there PyTorch's
+bf16 kernels take three times as long, mostly backward.
 
 Without `sample_lengths` (generation, ordinary padded batches) the call goes to transformers' SDPA
 path unchanged, masks and caches included. Models that do more across tokens than masked softmax
@@ -81,12 +81,22 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, sizes: list[int], **options: Any) -> 
     call, dtype = partial(_causal, **options), q.dtype
     if _device_type(q) == "cpu":
         q, k, v = (t.float() for t in (q, k, v))
-    if max(sizes) * len(sizes) <= MOST_FILLING * sum(sizes):
-        y = _side_by_side(call, q, k, v, sizes)
-    else:
-        parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
-        y = torch.cat([_side_by_side(call, *part, [len(part[0])]) for part in parts])
+    runs = _runs(sizes)
+    parts = zip(*(t.split([sum(run) for run in runs]) for t in (q, k, v)), runs, strict=True)
+    y = torch.cat([_side_by_side(call, *part) for part in parts])
     return y.to(dtype)
+
+
+def _runs(sizes: list[int]) -> list[list[int]]:
+    """The sizes in runs of neighbours that can lie side by side without too much filling."""
+    runs: list[list[int]] = []
+    for size in sizes:
+        longer = [*runs[-1], size] if runs else [size]
+        if runs and max(longer) * len(longer) <= MOST_FILLING * sum(longer):
+            runs[-1] = longer
+        else:
+            runs.append([size])
+    return runs
 
 
 def _side_by_side(

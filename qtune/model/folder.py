@@ -18,22 +18,30 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
-def check_folder(path: Path) -> None:
-    """UserError unless `path` holds a config, whole safetensors weights and a tokenizer."""
+def check_folder(path: Path, *, weights: bool = True) -> None:
+    """UserError unless `path` holds a config, a tokenizer and whole safetensors weights.
+
+    Without `weights` nobody asks for those: a plan can be made from the config alone.
+    """
     if not (path / "config.json").is_file():
         raise UserError(_why_no_config(path))
     read_json(path / "config.json")
+    if weights:
+        _check_weights(path)
+    if not any((path / name).is_file() for name in _TOKENIZERS):
+        raise UserError(
+            f"{path} holds no tokenizer (one of {', '.join(_TOKENIZERS)}); copy the tokenizer "
+            "files of the model into it"
+        )
+
+
+def _check_weights(path: Path) -> None:
     if (path / _SINGLE).is_file():
         tensor_names(path / _SINGLE)
     elif (path / _INDEX).is_file():
         _check_shards(path)
     else:
         raise UserError(_why_no_weights(path))
-    if not any((path / name).is_file() for name in _TOKENIZERS):
-        raise UserError(
-            f"{path} holds no tokenizer (one of {', '.join(_TOKENIZERS)}); copy the tokenizer "
-            "files of the model into it"
-        )
 
 
 def tensor_names(path: Path) -> set[str]:

@@ -3,9 +3,9 @@
 Or the hidden states there, for a loss that does not need the logits (`model/head.py`).
 
 A model that runs with `qtune_packed` attention sees the batch as the single row it is. Every other
-model (plain SDPA, flash, recurrent layers) gets one sample per row, filled up on the right: a
-causal model never sees what comes after, so this is right for all of them and leans on no model's
-own detection of packed rows.
+model (plain SDPA, flash, recurrent layers), and every batch that is not to be packed, comes as one
+sample per row, filled up on the right to a multiple of 8: a causal model never sees what comes
+after, so this is right for all of them and leans on no model's own detection of packed rows.
 """
 
 import inspect
@@ -21,6 +21,7 @@ from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
 
 from qtune.data.collate import Batch
+from qtune.data.order import padded_length
 from qtune.errors import UserError
 from qtune.model import attention
 
@@ -41,6 +42,13 @@ def forward_hidden(model: nn.Module, batch: Batch) -> Tensor:
     return _forward(model, batch, _hidden_at)
 
 
+def packs(model: nn.Module) -> bool:
+    """Whether the model can see several samples in one row, each as if it were alone."""
+    inner = inner_model(model)
+    # a recurrent layer carries its state over the border between samples
+    return inner.config._attn_implementation == attention.NAME and not inner._is_stateful
+
+
 def check_packing(model: nn.Module) -> None:
     """Raises UserError where a sample in a packed row gets other logits than it gets alone.
 
@@ -48,7 +56,7 @@ def check_packing(model: nn.Module) -> None:
     a few tokens; a model that does not run packed is right by construction and is not run.
     """
     inner = inner_model(model)
-    if not _packs(inner):
+    if not packs(inner):
         return
     first, second = PROBE
     ids = torch.arange(1, first + second + 1, device=inner.device) * PRIME
@@ -92,7 +100,7 @@ def takes_logits_to_keep(inner: nn.Module) -> bool:
 
 def _forward(model: nn.Module, batch: Batch, outputs_at: Callable[..., Tensor]) -> Tensor:
     inner = inner_model(model)
-    if not _packs(inner):
+    if not (batch.packing and packs(inner)):
         return _one_per_row(model, inner, batch, outputs_at)
     separate = attention.packed_inputs(batch.position_ids, batch.lengths)
     return outputs_at(model, inner, batch.predicts, input_ids=batch.input_ids, **separate)[0]
@@ -104,12 +112,13 @@ def _one_per_row(
     column = batch.position_ids[0]  # [T]
     lengths = column.new_tensor(batch.lengths)
     row = torch.repeat_interleave(lengths, output_size=len(column))  # [T]
-    ids = column.new_zeros(len(batch.lengths), max(batch.lengths))  # [S, longest]
-    live = torch.zeros_like(ids)
-    ids[row, column], live[row, column] = batch.input_ids[0], 1
-    columns, at = _distinct(column[batch.predicts], ids.shape[1])
-    inputs = {"input_ids": ids, "attention_mask": live, "use_cache": False}
-    return outputs_at(model, inner, columns, **inputs)[row[batch.predicts], at]
+    longest = padded_length(max(batch.lengths))
+    ids = column.new_zeros(len(batch.lengths), longest)  # [S, longest]
+    ids[row, column] = batch.input_ids[0]
+    columns, at = _distinct(column[batch.predicts], longest)
+    # without a mask attention may take its fastest path, which knows of the diagonal only
+    outputs = outputs_at(model, inner, columns, input_ids=ids, use_cache=False)
+    return outputs[row[batch.predicts], at]
 
 
 def _distinct(columns: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -159,8 +168,3 @@ def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterato
         del module.forward
         if own is not None:
             module.forward = own
-
-
-def _packs(inner: PreTrainedModel) -> bool:
-    # a recurrent layer carries its state over the border between samples
-    return inner.config._attn_implementation == attention.NAME and not inner._is_stateful

@@ -1,7 +1,7 @@
 """What makes logits of a causal LM's last hidden states, where that is known exactly.
 
 A frozen linear layer, then for some models a factor (Granite divides by it, Cohere multiplies) and
-a soft cap (Gemma): a loss can then be had without the logits (`qtune_kernels.cross_entropy`).
+a soft cap (Gemma): losses can then be had without the logits (`qtune_kernels.cross_entropy`).
 Configurations name these numbers but do not say what is done with them, so what they seem to say is
 tried on a few tokens against the model's own logits, once for each model. Whatever does not agree,
 and heads that are quantized, adapted or trained, have no Head: they take the way through logits.
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from qtune.data.collate import Batch
 from qtune.model.forward import PRIME, forward_hidden, forward_logits, inner_model
-from qtune_kernels.cross_entropy import chunk_rows, linear_cross_entropy
+from qtune_kernels.cross_entropy import chunk_rows, linear_token_losses, token_losses
 
 # by what logits are multiplied or divided in the configurations of transformers
 FACTORS = ("logits_scaling", "logit_scale", "lm_head_multiplier")
@@ -52,18 +52,29 @@ class Head:
     layer: nn.Linear
     finish: _Finish
 
-    def cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Summed cross entropy, float32 [], of targets int64 [N] after hidden states [N, I]."""
+    def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """-log p of targets int64 [N] after hidden states [N, I], float32 [N], differentiable."""
         weight, bias = self.layer.weight, self.layer.bias
         # some models compute in a wider dtype up to here
         hidden = hidden.to(weight.dtype)
         softcap, scale = self.finish.softcap, self.finish.scale
-        return linear_cross_entropy(hidden, weight, targets, bias, softcap, scale)
+        return linear_token_losses(hidden, weight, targets, bias, softcap, scale)
 
     def logits_bytes(self, num_targets: int, device: torch.device) -> int:
-        """Bytes of the logits that `cross_entropy` holds at a time on the device."""
+        """Bytes of the logits that `token_losses` holds at a time on the device."""
         vocabulary, dtype = self.layer.out_features, self.layer.weight.dtype
         return chunk_rows(num_targets, vocabulary, dtype, device) * vocabulary * dtype.itemsize
+
+
+def losses_of_targets(model: nn.Module, batch: Batch) -> Tensor:
+    """-log p of each of the batch's targets, float32 [N]; gradients flow.
+
+    Logits of chunks of tokens are made one after the other, where the head is known.
+    """
+    head = output_head(model)
+    if head is None:
+        return token_losses(forward_logits(model, batch), batch.targets)
+    return head.token_losses(forward_hidden(model, batch), batch.targets)
 
 
 def output_head(model: nn.Module) -> Head | None:
@@ -100,7 +111,7 @@ def _guesses(inner: PreTrainedModel) -> Iterator[_Finish]:
 def _check(inner: PreTrainedModel, layer: nn.Linear) -> _Finish | None:
     """The guess that makes the model's own logits of its hidden states; None if none does."""
     batch = _probe(inner)
-    with _measuring(inner):
+    with measuring(inner):
         truth = forward_logits(inner, batch).float()
         hidden = forward_hidden(inner, batch)
         if hidden.shape[-1] != layer.in_features:
@@ -124,12 +135,16 @@ def _probe(inner: PreTrainedModel) -> Batch:
         targets=ids,
         predicts=positions,
         lengths=[PROBE_TOKENS],
-        rows=[],
+        places=[],
+        weights=None,
+        sample_of=torch.zeros_like(positions),
+        num_parts=[1],
+        labels=[None],
     )
 
 
 @contextmanager
-def _measuring(model: nn.Module) -> Iterator[None]:
+def measuring(model: nn.Module) -> Iterator[None]:
     """No gradients and no dropout, so no random numbers are drawn; then every part as it was."""
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -17,7 +17,8 @@ from qtune.errors import UserError
 from qtune.model.folder import check_folder
 
 PROBE_SECONDS = 3.0
-_WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
+_WEIGHTS = ["*.safetensors"]
+_WANTED = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
 # Other layouts of the same weights (original/, onnx/, Mistral's consolidated file).
 _UNWANTED = ["*/*", "consolidated*"]
 
@@ -31,7 +32,7 @@ def endpoint() -> str:
     return os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
 
 
-def cached_snapshot(repo: str, revision: str | None) -> Path | None:
+def cached_snapshot(repo: str, revision: str | None, *, weights: bool = True) -> Path | None:
     """Folder of a complete snapshot that was downloaded before, or None."""
     import huggingface_hub
 
@@ -40,18 +41,18 @@ def cached_snapshot(repo: str, revision: str | None) -> Path | None:
             repo,
             revision=revision,
             local_files_only=True,
-            allow_patterns=_WANTED,
+            allow_patterns=_patterns(weights),
             ignore_patterns=_UNWANTED,
         )
-        check_folder(Path(found))
+        check_folder(Path(found), weights=weights)
     except (OSError, UserError):
         # Nothing there, or a download that was broken off: the download will complete it.
         return None
     return Path(found)
 
 
-def download_snapshot(repo: str, revision: str | None) -> Path:
-    """Folder of the downloaded snapshot.
+def download_snapshot(repo: str, revision: str | None, *, weights: bool = True) -> Path:
+    """Folder of the downloaded snapshot, its weights left out where they are not wanted.
 
     HubError: no hub within seconds, or it refused. UserError: the model has no safetensors.
     """
@@ -68,12 +69,12 @@ def download_snapshot(repo: str, revision: str | None) -> Path:
             repo,
             revision=revision,
             endpoint=endpoint(),
-            allow_patterns=_WANTED,
+            allow_patterns=_patterns(weights),
             ignore_patterns=_UNWANTED,
         )
     except (OSError, HTTPError) as error:
         raise HubError(f"{endpoint()} gave no {repo}: {_first_line(error)}") from error
-    if not any(Path(found).glob("*.safetensors")):
+    if weights and not any(Path(found).glob("*.safetensors")):
         raise UserError(
             f"{repo} has no safetensors on the hub; pickled weights (.bin, .pt) can run code when "
             "opened and are never downloaded. Convert them once where you trust them "
@@ -94,6 +95,10 @@ def probe() -> str | None:
         return answers.get(timeout=PROBE_SECONDS)
     except queue.Empty:
         return f"{address} did not answer within {PROBE_SECONDS:.0f} s"
+
+
+def _patterns(weights: bool) -> list[str]:
+    return _WANTED + _WEIGHTS if weights else _WANTED
 
 
 def _ask(address: str) -> str | None:

@@ -5,8 +5,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils.other import get_pattern_key
-from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -19,7 +17,7 @@ from qtune.errors import UserError
 from qtune.model import attention, lora, quantizer
 from qtune.model.folder import read_json
 from qtune.model.fused import fuse
-from qtune.quant.linear import QuantLinear
+from qtune.model.targets import adapter_targets
 from qtune.recipe import Lora, Quant
 
 
@@ -51,22 +49,34 @@ def load_base(
     Layers become QuantLinear while their shard is read; a folder of such layers loads as it is.
     Raises UserError where the folder is quantized otherwise than `quant` says, or lacks weights.
     """
-    register()
-    logging.disable_progress_bar()
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    model = load_complete(
         folder,
         dtype=dtype,
-        device_map={"": device},
         trust_remote_code=trust_remote_code,
-        output_loading_info=True,
+        device=device,
         **_quantization(folder, quant),
+    )
+    make_ready(model)
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    return model
+
+
+def load_complete(
+    folder: Path, *, device: torch.device, trust_remote_code: bool = False, **options: Any
+) -> PreTrainedModel:
+    """The model as transformers loads it with these options, if the folder has all its weights."""
+    register()
+    if device.type != "cpu":
+        # on the CPU this would copy what can stay in the mapped files, shared by processes
+        options["device_map"] = {"": device}
+    logging.disable_progress_bar()
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=trust_remote_code, output_loading_info=True, **options
     )
     model: PreTrainedModel
     model, info = loaded
     _check_complete(folder, info)
-    make_ready(model)
-    model.requires_grad_(False)
-    model.config.use_cache = False
     return model
 
 
@@ -78,7 +88,6 @@ def make_ready(model: PreTrainedModel) -> None:
 
 def add_adapter(model: PreTrainedModel, settings: Lora) -> PeftModel:
     """The model with a fresh, trainable float32 adapter; UserError: settings match no layer."""
-    check_targets(model, settings)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.rank,
@@ -86,28 +95,12 @@ def add_adapter(model: PreTrainedModel, settings: Lora) -> PeftModel:
         lora_dropout=settings.dropout,
         use_rslora=settings.rslora,
         use_dora=settings.dora,
-        target_modules=_plain(settings.target_modules),
+        target_modules=adapter_targets(model, settings),
         modules_to_save=list(settings.modules_to_save) or None,
         rank_pattern=settings.rank_pattern,
         alpha_pattern=settings.alpha_pattern,
     )
     return get_peft_model(model, config)
-
-
-def check_targets(model: nn.Module, settings: Lora) -> None:
-    """Raises UserError for names that match no layer and for full training of a quantized one."""
-    linears = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
-    known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linears}))
-    targets = _plain(settings.target_modules)
-    for target in [] if targets == "all-linear" else targets:
-        if not any(name == target or name.endswith("." + target) for name in linears):
-            raise UserError(f"lora.target_modules: '{target}' matches no layer; there are: {known}")
-    for field in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(settings, field):
-            if not any(get_pattern_key([pattern], name) == pattern for name in linears):
-                raise UserError(f"lora.{field}: '{pattern}' matches no layer; there are: {known}")
-    for target in settings.modules_to_save:
-        _check_trainable(model, target)
 
 
 def _check_complete(folder: Path, info: dict[str, Any]) -> None:
@@ -117,18 +110,6 @@ def _check_complete(folder: Path, info: dict[str, Any]) -> None:
         raise UserError(
             f"{folder} lacks {len(missing)} of the model's tensors, as {missing[0]}; copy or "
             "download it again"
-        )
-
-
-def _check_trainable(model: nn.Module, target: str) -> None:
-    """Raises UserError unless modules of that name exist and hold no codes."""
-    found = [module for name, module in model.named_modules() if name.endswith(target)]
-    if not found:
-        raise UserError(f"lora.modules_to_save: '{target}' matches no module of the model")
-    if any(isinstance(part, QuantLinear) for module in found for part in module.modules()):
-        raise UserError(
-            f"lora.modules_to_save: '{target}' is quantized and cannot be trained in full; "
-            f"add it to quant.skip"
         )
 
 
@@ -149,9 +130,3 @@ def _quantization(folder: Path, quant: Quant | None) -> dict[str, quantizer.Qtun
                 f"the folder as it is"
             )
     return {}
-
-
-def _plain(targets: str | tuple[str, ...]) -> str | list[str]:
-    if targets == "all-linear":
-        return targets
-    return [targets] if isinstance(targets, str) else list(targets)

@@ -10,6 +10,7 @@ when PEFT loads the adapter there.
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +26,7 @@ from transformers import PreTrainedModel
 from qtune.errors import UserError
 from qtune.model.checkpoint import Names, bare_name, distinct_tensors, stored_names
 from qtune.model.folder import read_json
+from qtune.model.merge_experts import fused_matrices, merged_experts
 from qtune.quant.linear import TENSORS, QuantLinear
 
 Onto = Literal["original", "dequantized"]
@@ -53,9 +55,24 @@ def merged_tensors(
     if onto == "original":
         _need_dense(base_folder)
     known = {other for name in stored for other in names.group(names.in_model(name))}
-    _check_known(updates.keys() | dense.keys(), known, base_folder)
-    merged = _stream(base_folder, names, updates, dense, round_to)
-    return _checked(merged, bool(updates), allow_unchanged)
+    mixtures = fused_matrices(base_model(model), base_folder)
+    in_mixtures = {name for matrix in mixtures for name in matrix.weights}
+    _check_known((updates.keys() | dense.keys()) - in_mixtures, known, base_folder)
+    left_out = {name for matrix in mixtures for name in matrix.stored}
+    merged = _stream(base_folder, names, updates, dense, round_to, left_out)
+    experts = (
+        merged_experts(
+            base_model(model),
+            base_folder,
+            matrix,
+            updates,
+            onto_codes=onto == "dequantized",
+            dtype=round_to,
+        )
+        for matrix in mixtures
+    )
+    both = chain(merged, chain.from_iterable(experts))
+    return _checked(both, bool(updates), allow_unchanged)
 
 
 def untied(model: PeftModel) -> bool:
@@ -169,11 +186,12 @@ def _stream(
     updates: dict[str, Update],
     dense: dict[str, QuantLinear],
     round_to: torch.dtype | None,
+    left_out: set[str],
 ) -> Iterator[tuple[str, Tensor, bool]]:
     """Name, tensor, and whether the update changed it."""
     codes = {name.removesuffix("weight") + leaf for name in dense for leaf in TENSORS[1:]}
     for stored, name, tensor in distinct_tensors(folder, names):
-        if name in codes:
+        if name in codes or stored in left_out:
             continue
         group = names.group(name)
         base = dense[name].dequantize(torch.float32) if name in dense else tensor

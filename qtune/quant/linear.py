@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import psutil
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear as dense_linear
 
 from qtune.quant.format import load_format
@@ -138,9 +139,10 @@ def unpacked(model: nn.Module) -> Iterator[None]:
     """Meanwhile quantized layers on the CPU keep their weights dense, if memory has room to spare.
 
     For decoding, where every token would unpack all weights again for a product with few rows.
-    The same weights are multiplied by the same routine, so results are the same bits.
+    The same weights are multiplied by the same routine, so results are the same bits. Layers that
+    are spread over processes stay packed: they are whole only while they run.
     """
-    layers = [m for m in model.modules() if isinstance(m, QuantLinear) and m.weight.is_cpu]
+    layers = [m for m in model.modules() if isinstance(m, QuantLinear) and _is_here(m.weight)]
     size = sum(m.in_features * m.out_features * m.compute_dtype.itemsize for m in layers)
     if 2 * size > psutil.virtual_memory().available:
         layers = []
@@ -151,6 +153,10 @@ def unpacked(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.dense = None
+
+
+def _is_here(codes: Tensor) -> bool:
+    return codes.is_cpu and not isinstance(codes, DTensor)
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

@@ -24,7 +24,8 @@ from torch.utils.checkpoint import (
     checkpoint,
     create_selective_checkpoint_contexts,
 )
-from transformers.modeling_layers import GradientCheckpointingLayer
+
+from qtune.model.blocks import blocks as blocks
 
 Policy = Literal["none", "cheap", "all"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
@@ -65,15 +66,6 @@ def use(model: nn.Module, policy: Policy) -> None:
     for block in blocks(model):
         block.gradient_checkpointing = policy != "none"
         block._gradient_checkpointing_func = run  # type: ignore[assignment]
-
-
-def blocks(model: nn.Module) -> Iterator[GradientCheckpointingLayer]:
-    """The parts of a transformers model that can be recomputed one at a time, outermost ones."""
-    for child in model.children():
-        if isinstance(child, GradientCheckpointingLayer):
-            yield child
-        else:
-            yield from blocks(child)
 
 
 @contextmanager

@@ -21,13 +21,12 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from gpu import unsloth_calls
 from gpu.unsloth_calls import Matrix
-from qtune.data.chat import Sample
 from qtune.data.collate import ROW_MULTIPLE, collate
-from qtune.data.rows import Row
+from qtune.data.sample import Sample
 from qtune.model.load import add_adapter, load_base
-from qtune.recipe import Lora, Quant
+from qtune.recipe import Lora, Quant, Train
 from qtune.train import recompute
-from qtune.train.objectives import sft
+from qtune.train.objective import load_objective
 from qtune_kernels.cross_entropy import linear_cross_entropy
 from qtune_kernels.norm import rms_norm
 from qtune_kernels.rope import rope
@@ -43,12 +42,14 @@ def qtune(folder: Path, ids: Tensor, policy: recompute.Policy) -> tuple[nn.Modul
     model = add_adapter(load_base(folder, Quant(format="nf4"), device=ids.device), LORA)
     recompute.use(model.get_base_model(), policy)
     rows = enumerate(ids.tolist())
-    samples = [Sample(Row("random", i, []), row, [True] * len(row)) for i, row in rows]
+    samples = [Sample(f"random:{i}", row, [0.0] + [1.0] * (len(row) - 1)) for i, row in rows]
     batch = collate(samples, ids.device, multiple=ROW_MULTIPLE)
+    objective = load_objective(Train(steps=1))
+    num_targets = objective.count(samples)
 
     def mean_loss() -> Tensor:
-        total, count = sft.loss(model, batch)
-        return total / count
+        total, _ = objective.loss(model, batch, None)
+        return total / num_targets
 
     return model, mean_loss
 

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from gpu.case import Case, Context, finite
 from gpu.peers import PEERS, MeanLoss
 from qtune.recipe import Train
-from qtune.train.optim import adamw
+from qtune.train.optim import make_optimizer
 from qtune.train.recompute import Policy
 
 # the fairest pairs first, in case time runs out
@@ -95,7 +95,7 @@ def _train(
 ) -> tuple[list[float], list[float]]:
     """Seconds of the steps after the warm-up, and the losses of all."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = adamw(trained, TRAIN)
+    optimizer = make_optimizer(model, TRAIN)
     seconds, losses = [], []
     for step in range(WARM_UP + (QUICK_STEPS if context.quick else STEPS)):
         if context.on_gpu and step == WARM_UP:

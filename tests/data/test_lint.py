@@ -1,10 +1,12 @@
-import statistics
+from dataclasses import replace
 
 import pytest
 
-from qtune.data.chat import Sample, encode
-from qtune.data.lint import Finding, lint, overlap, summary
+from qtune.data.chat import encode
+from qtune.data.lint import Lint
 from qtune.data.rows import Row
+from qtune.data.sample import Sample
+from qtune.recipe import Data
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -13,126 +15,119 @@ CHATML = (
 FAMILIES = ("chatml", "headers", "gemma", "inst", "end_once", "markers", "thinking")
 
 
-def problems(findings):
-    return [(finding.row.number, finding.problem, finding.fatal) for finding in findings]
+def settings(**options):
+    return Data(train="x", **{"max_length": 500, **options})
+
+
+@pytest.fixture
+def problems():
+    """What is found in a row encoded with a tokenizer: place, problem, whether fatal."""
+
+    def find(tokenizer, row, samples=None, **options):
+        if samples is None:
+            samples = encode(tokenizer, row, settings=settings(**options))
+        found = Lint(tokenizer).findings(row, samples)
+        return [(finding.place, finding.problem, finding.fatal) for finding in found]
+
+    return find
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("train_on", ["assistant", "last", "all"])
-def test_good_samples_have_no_findings(family, train_on, tokenizers, row):
-    tokenizer = tokenizers[family]
-    rows = [row("Hi", "Hello!", "2+2?", f"It is {n}.", number=n) for n in range(1, 4)]
-    samples = [encode(tokenizer, r, train_on=train_on, max_length=500) for r in rows]
-    assert lint(samples, tokenizer) == []
+def test_good_samples_have_no_findings(family, train_on, tokenizers, row, problems):
+    example = row("Hi", "Hello!", "2+2?", "It is 4.")
+    assert problems(tokenizers[family], example, train_on=train_on) == []
 
 
-def test_nothing_learned(tokenizers, row):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_good_pairs_and_texts_have_no_findings(family, tokenizers, row, problems):
+    pair = replace(row("Hi", "Hello!"), rejected=row("Hi", "Go away.").messages)
+    text = Row("t", 1, [{"role": "assistant", "content": "It is four."}], plain=True)
+    assert problems(tokenizers[family], pair) == problems(tokenizers[family], text) == []
+
+
+def test_nothing_learned(tokenizers, row, problems):
+    silent = Sample("x:1", [40, 41], [0.0, 0.0])
     tokenizer = tokenizers["chatml"]
-    silent = Sample(row("a", "b"), [40, 41], [False, False])
-    cut = encode(tokenizer, row("a b c", "d", number=2), max_length=4, truncate=True)
-    assert problems(lint([silent, cut], tokenizer))[:2] == [
-        (1, "no token would be learned", True),
-        (2, f"no token would be learned ({cut.num_cut} tokens were cut)", True),
-    ]
+    expected = [("x:1", "no token would be learned", True)]
+    assert problems(tokenizer, row("a", "b"), [silent]) == expected
 
 
-def test_end_of_turn_not_learned(make_tokenizer, row):
-    tokenizer = make_tokenizer(
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}"
-        "{% if add_generation_prompt %}assistant: {% endif %}"
+def test_nothing_learned_because_the_answer_was_cut(tokenizers, row, problems):
+    options = {"max_length": 8, "overlong": "truncate"}
+    ((_, problem, fatal),) = problems(tokenizers["chatml"], row("a b c d e f g h", "d"), **options)
+    assert fatal and problem.startswith("no token would be learned (")
+    assert problem.endswith(
+        " tokens were cut); raise data.max_length, or leave such rows out with data.overlong: drop"
     )
-    sample = encode(tokenizer, row("a", "b."), max_length=500)
-    ((number, problem, fatal),) = problems(lint([sample], tokenizer))
-    assert number == 1 and fatal
-    assert problem.startswith("the end of the turn would not be learned (the last target is ")
 
 
-def test_end_of_turn_of_a_cut_sample_is_not_missed(tokenizers, row):
+def test_end_of_turn_not_learned(tokenizers, row, problems):
+    sample = Sample("x:1", tokenizers["chatml"]("a b.").input_ids, [0.0, 0.0, 1.0, 1.0])
+    ((_, problem, fatal),) = problems(tokenizers["chatml"], row("a", "b"), [sample])
+    assert problem == "the end of the turn would not be learned (the last target is '.')" and fatal
+
+
+def test_each_part_of_a_pair_is_looked_at(tokenizers, row, problems):
     tokenizer = tokenizers["chatml"]
-    sample = encode(tokenizer, row("a", "b " * 30), max_length=20, truncate=True)
-    ((_, problem, fatal),) = problems(lint([sample], tokenizer))
-    assert problem == "cut at data.max_length, as 1 of 1 rows are (100%)"
-    assert not fatal
+    good = encode(tokenizer, row("a", "b"), settings=settings())[0]
+    bad = replace(good, ids=good.ids[:-2], weights=good.weights[:-2])
+    ((_, problem, _),) = problems(tokenizer, row("a", "b"), [replace(good, rejected=bad)])
+    assert problem.startswith("the end of the turn would not be learned")
 
 
-def test_doubled_bos(make_tokenizer, row):
+def test_a_cut_sample_is_noted_and_its_end_not_missed(tokenizers, row, problems):
+    options = {"max_length": 20, "overlong": "truncate"}
+    ((_, problem, fatal),) = problems(tokenizers["chatml"], row("a", "b " * 30), **options)
+    assert problem.startswith("cut at data.max_length, without its last ") and not fatal
+
+
+def test_a_row_left_out_is_noted(tokenizers, row, problems):
+    options = {"max_length": 20, "overlong": "drop"}
+    expected = [("train.jsonl:1", "left out: longer than data.max_length", False)]
+    assert problems(tokenizers["chatml"], row("a", "b " * 30), **options) == expected
+
+
+def test_only_the_last_piece_of_a_text_has_an_end(tokenizers, problems):
+    text = Row("t", 1, [{"role": "assistant", "content": "one two three " * 9}], plain=True)
+    options = {"max_length": 20, "overlong": "split"}
+    tokenizer = tokenizers["headers"]
+    assert len(encode(tokenizer, text, settings=settings(**options))) > 2
+    assert problems(tokenizer, text, **options) == []
+
+
+def test_doubled_bos(make_tokenizer, row, problems):
     tokenizer = make_tokenizer("{{ bos_token }}{{ bos_token }}" + CHATML, bos="<s>", eos="<eos>")
-    sample = encode(tokenizer, row("a", "b"), max_length=500)
-    assert problems(lint([sample], tokenizer)) == [(1, "begins with 2 BOS tokens", True)]
+    assert problems(tokenizer, row("a", "b")) == [
+        ("train.jsonl:1", "begins with 2 BOS tokens", True)
+    ]
 
 
 @pytest.mark.parametrize(("adds_bos", "count"), [(True, 1), (False, 0)])
-def test_bos_missing_only_where_the_model_expects_one(adds_bos, count, make_tokenizer, row):
+def test_bos_missing_only_where_the_model_expects_one(
+    adds_bos, count, make_tokenizer, row, problems
+):
     tokenizer = make_tokenizer(CHATML, bos="<s>", eos="<|im_end|>", adds_bos=adds_bos)
-    sample = encode(tokenizer, row("a", "b"), max_length=500)
-    found = lint([sample], tokenizer)
+    found = problems(tokenizer, row("a", "b"))
     assert len(found) == count
-    assert all("has no BOS token" in f.problem and not f.fatal for f in found)
+    assert all("has no BOS token" in problem and not fatal for _, problem, fatal in found)
 
 
-def test_bos_once_where_tokenizer_and_template_both_write_it(make_tokenizer, row):
+def test_bos_once_where_tokenizer_and_template_both_write_it(make_tokenizer, row, problems):
     tokenizer = make_tokenizer("{{ bos_token }}" + CHATML, bos="<s>", adds_bos=True)
-    sample = encode(tokenizer, row("a", "b"), max_length=500)
+    (sample,) = encode(tokenizer, row("a", "b"), settings=settings())
     assert sample.ids.count(tokenizer.bos_token_id) == 1
-    assert lint([sample], tokenizer) == []
+    assert problems(tokenizer, row("a", "b")) == []
 
 
-def test_empty_turn(tokenizers, row):
-    tokenizer = tokenizers["chatml"]
-    sample = encode(tokenizer, row("a", " ", "b", "c"), max_length=500)
-    assert problems(lint([sample], tokenizer)) == [(1, "message 2 (assistant) is empty", False)]
+def test_empty_turn(tokenizers, row, problems):
+    (empty,) = encode(tokenizers["chatml"], row("a", "b"), settings=settings())
+    expected = [("train.jsonl:1", "message 2 (assistant) is empty", False)]
+    assert problems(tokenizers["chatml"], row("a", " ", "b", "c"), [empty]) == expected
 
 
-def test_repeated_rows(tokenizers, row):
-    tokenizer = tokenizers["chatml"]
-    rows = [row(*t, number=n) for n, t in enumerate([("a", "b"), ("a", "c"), ("a", "b")], start=1)]
-    samples = [encode(tokenizer, r, max_length=500) for r in rows]
-    assert problems(lint(samples, tokenizer)) == [(3, "the same as train.jsonl:1", False)]
-
-
-def test_cut_rows_are_one_finding(tokenizers, row):
-    tokenizer = tokenizers["chatml"]
-    texts = ["b", "b " * 30, "c", "c " * 30]
-    rows = [row("a", text, number=n) for n, text in enumerate(texts, start=1)]
-    samples = [encode(tokenizer, r, max_length=25, truncate=True) for r in rows]
-    expected = (2, "cut at data.max_length, as 2 of 4 rows are (50%)", False)
-    assert problems(lint(samples, tokenizer)) == [expected]
-
-
-def test_overlap():
-    def make(source, number, *texts):
-        roles = ("user", "assistant")
-        messages = [{"role": roles[i % 2], "content": t} for i, t in enumerate(texts)]
-        return Sample(Row(source, number, messages), [1], [True])
-
-    train = [make("t", 1, "a", "b"), make("t", 2, "c", "d"), make("t", 3, "a", "b")]
-    held_out = [make("v", 1, "a", "b"), make("v", 2, "c", "x"), make("v", 3, "e", "d")]
-    assert [str(finding) for finding in overlap(train, held_out)] == [
-        "v:1: held out, but also a training row (t:1)",
-        "v:2: held out, but training has its prompt (t:2)",
-    ]
-    assert not any(finding.fatal for finding in overlap(train, held_out))
-
-
-def test_finding_as_text(row):
-    assert str(Finding(row("a", "b", number=9), "odd", fatal=False)) == "train.jsonl:9: odd"
-
-
-def test_summary():
-    lengths = [3, 9, 4, 4, 20]
-    samples = [
-        Sample(Row("x", i, []), [0] * n, [False] + [True] * (n - 1), num_cut=i == 4)
-        for i, n in enumerate(lengths)
-    ]
-    found = summary(samples)
-    expected = {"rows": 5, "tokens": 40, "supervised_tokens": 35, "supervised_share": 0.875}
-    expected |= {"cut_rows": 1, "length_min": 3, "length_max": 20}
-    assert {key: found[key] for key in expected} == expected
-    assert found["length_p50"] == statistics.median(lengths)
-    assert 9 < found["length_p90"] < found["length_p99"] < 20
-
-
-def test_summary_of_one_sample():
-    found = summary([Sample(Row("x", 1, []), [0] * 6, [False] * 6)])
-    for key in ("length_min", "length_p50", "length_p90", "length_p99", "length_max"):
-        assert found[key] == 6
+def test_a_turn_that_calls_tools_needs_no_text(tokenizers, row, problems):
+    (sample,) = encode(tokenizers["chatml"], row("a", "b"), settings=settings())
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    messages = [row("a").messages[0], call]
+    assert problems(tokenizers["chatml"], Row("x", 1, messages), [sample]) == []

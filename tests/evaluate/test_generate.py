@@ -1,5 +1,7 @@
 """Against transformers' generate, one prompt at a time and without padding."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -185,3 +187,43 @@ def test_head_sees_the_last_position_only(
     assert [tuple(x.shape) for x in given] == [(5, 1, 64)] * 3
     # else the CPU multiplies row by row, with a copy of the head for each
     assert all(x.is_contiguous() for x in given)
+
+
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+
+
+def test_tools_reach_the_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: list[Row]
+) -> None:
+    given: list[list[int]] = []
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: given.append(kwargs["input_ids"][0].tolist()),
+        with_kwargs=True,
+    )
+    before = tokenizer.chat_template
+    tokenizer.chat_template = "{% if tools %}{{ tools | tojson }}{% endif %}" + before
+    try:
+        answer(model, tokenizer, [replace(rows[0], tools=TOOLS)], max_new_tokens=1)
+        expected = prompt_ids(tokenizer, rows[0].messages[:1], TOOLS)
+    finally:
+        tokenizer.chat_template = before
+    assert given == [expected]
+    assert '"name": "add"' in str(tokenizer.decode(expected))
+
+
+def test_plain_texts_need_no_template(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: list[Row]
+) -> None:
+    ids = torch.tensor([tokenizer("Hi").input_ids])
+    expected = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False,
+        use_cache=True, pad_token_id=0,
+    )  # fmt: skip
+    before = tokenizer.chat_template
+    tokenizer.chat_template = None
+    try:
+        found = answer(model, tokenizer, [replace(rows[0], plain=True)], max_new_tokens=5)
+        assert stop_ids(model, tokenizer) == [tokenizer.eos_token_id]
+    finally:
+        tokenizer.chat_template = before
+    assert found.texts == [tokenizer.decode(expected[0, ids.shape[1] :], skip_special_tokens=True)]

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,16 +11,19 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from qtune.data.chat import Sample, encode
+from qtune.data.chat import encode
 from qtune.data.collate import Batch, collate
 from qtune.data.rows import Row
+from qtune.data.sample import Sample
 from qtune.evaluate import perplexity
 from qtune.evaluate.perplexity import Likelihood, held_out
+from qtune.recipe import Data
 
 
 @pytest.fixture
 def samples(tokenizer: PreTrainedTokenizerFast, rows: list[Row]) -> list[Sample]:
-    return [encode(tokenizer, row, max_length=200) for row in rows]
+    settings = Data(train="", max_length=200)
+    return [sample for row in rows for sample in encode(tokenizer, row, settings=settings)]
 
 
 @pytest.fixture
@@ -71,6 +75,30 @@ def test_loss_is_that_of_transformers(
     assert found.loss == pytest.approx(total / tokens, rel=1e-5)
     assert found.perplexity == pytest.approx(math.exp(total / tokens), rel=1e-5)
     assert (found.kl, found.top1, found.kept) == (None, None, None)
+
+
+def test_tokens_count_as_often_as_their_weight_says(
+    model: PreTrainedModel, samples: list[Sample]
+) -> None:
+    weighted = [
+        replace(sample, weights=[weight * (1 + i) / 2 for weight in sample.weights])
+        for i, sample in enumerate(samples)
+    ]
+    parts = [held_out(model, [collate([sample])]) for sample in samples]
+    weights = [part.tokens * (1 + i) / 2 for i, part in enumerate(parts)]
+    expected = sum(w * part.loss for w, part in zip(weights, parts, strict=True)) / sum(weights)
+    found = held_out(model, [collate(weighted)])
+    assert found.loss == pytest.approx(expected, rel=1e-6)
+    assert found.tokens == sum(part.tokens for part in parts)
+
+
+def test_padded_rows_give_the_same(model: PreTrainedModel, samples: list[Sample]) -> None:
+    packed, padded = (
+        held_out(model, [collate(samples, packing=packing)], keep_tokens=9)
+        for packing in (True, False)
+    )
+    assert padded.loss == pytest.approx(packed.loss, rel=1e-6)
+    assert held_out(model, [collate(samples)], reference=padded.kept).top1 == 1
 
 
 def test_batching_does_not_matter(
@@ -136,14 +164,14 @@ def test_reference_from_other_tokens_is_refused(
 def test_nothing_supervised_is_refused(model: PreTrainedModel, samples: list[Sample]) -> None:
     ids = samples[0].ids
     with pytest.raises(ValueError, match="no supervised token"):
-        held_out(model, [collate([Sample(samples[0].row, ids, [False] * len(ids))])])
+        held_out(model, [collate([Sample("t:0", ids, [0.0] * len(ids))])])
 
 
 def test_batch_without_targets_is_passed_over(
     model: PreTrainedModel, samples: list[Sample], batches: list[Batch]
 ) -> None:
     ids = samples[0].ids
-    empty = collate([Sample(samples[0].row, ids, [False] * len(ids))])
+    empty = collate([Sample("t:0", ids, [0.0] * len(ids))])
     assert held_out(model, [empty, *batches]) == held_out(model, batches)
 
 

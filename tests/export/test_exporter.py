@@ -16,12 +16,14 @@ from qtune.errors import UserError
 from qtune.export.exporter import (
     Trained,
     check,
+    check_mixture,
     export,
     exporter_names,
     load_exporter,
     need_space,
     write_run_adapter,
 )
+from qtune.export.folder import template
 from qtune.export.verify import check_logits, reload
 from qtune.model.merge import merged_tensors
 from qtune.recipe import Quant
@@ -174,3 +176,30 @@ def test_adapter_of_a_run_is_written_whole(trained: Trained, tmp_path: Path) -> 
     assert config["base_model_name_or_path"] == "some/model"
     write_run_adapter(trained.model, tmp_path / "run/adapter", "other/model")
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["adapter"]
+
+
+def test_adapter_of_a_run_keeps_its_template(trained: Trained, tmp_path: Path) -> None:
+    folder = tmp_path / "run/adapter"
+    write_run_adapter(trained.model, folder, "some/model", tokenizer=trained.tokenizer)
+    names = {p.name for p in folder.iterdir()}
+    assert names == WRITTEN["adapter"] | {"qtune.json", "chat_template.jinja"}
+    template.check(folder, trained.tokenizer)
+
+
+MIXTURE = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.experts.down_proj.expert_0")
+
+
+@pytest.mark.parametrize(
+    ("names", "changes", "message"),
+    [
+        (("bitsandbytes",), {}, "export bitsandbytes: transformers loads no quantized experts"),
+        (("qtune",), {"merge": {"quantized": "merged"}}, "export qtune: a mixture's experts"),
+        (("adapter",), {"lora": {"experts": True}}, "export adapter: PEFT alone has no such"),
+    ],
+)
+def test_what_cannot_hold_a_mixture_of_experts(tiny_recipe, names, changes, message) -> None:
+    recipe = tiny_recipe(**changes)
+    check_mixture(recipe, names, MIXTURE[:1])
+    with pytest.raises(UserError, match=message):
+        check_mixture(recipe, names, MIXTURE)
+    check_mixture(recipe, ("bf16",), MIXTURE)

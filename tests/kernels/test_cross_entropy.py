@@ -12,9 +12,11 @@ from qtune_kernels import cross_entropy as kernels
 from qtune_kernels.cross_entropy import (
     chunk_rows,
     linear_cross_entropy,
-    loss_and_dhidden,
-    loss_and_dlogits,
+    linear_token_losses,
+    losses_and_dhidden,
+    losses_and_dlogits,
     summed_cross_entropy,
+    token_losses,
 )
 
 CPU = torch.device("cpu")
@@ -94,6 +96,33 @@ def test_backward_scales(small_chunks) -> None:
     (linear_cross_entropy(hidden, weight, targets) * 0.125).backward()
     _, truth = by_torch(hidden, weight, targets, None, None, 1.0, torch.float64)
     assert error(hidden.grad, truth * 0.125) < 1e-6
+
+
+def test_losses_of_rows_and_gradients_that_weigh_them(small_chunks, monkeypatch) -> None:
+    monkeypatch.setattr(kernels, "SCALED_ROWS", 8)
+    hidden, weight, targets, bias = sample(2 * small_chunks + 5)
+    factors = torch.linspace(-1, 2, len(targets))
+    losses = linear_token_losses(hidden, weight, targets, bias, 5.0)
+    (losses * factors).sum().backward()
+    exact = hidden.detach().double().requires_grad_()
+    x = torch.tanh((exact @ weight.double().T + bias.double()) / 5) * 5
+    truths = cross_entropy(x, targets, reduction="none")
+    (truths * factors.double()).sum().backward()
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses.double(), truths, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(hidden.grad.double(), exact.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_losses_of_rows_of_logits_that_are_there_anyway() -> None:
+    logits = torch.randn(37, VOCABULARY).requires_grad_()
+    targets, factors = torch.randint(VOCABULARY, (37,)), torch.linspace(-1, 2, 37)
+    losses = token_losses(logits, targets)
+    (losses * factors).sum().backward()
+    exact = logits.detach().double().requires_grad_()
+    truths = cross_entropy(exact, targets, reduction="none")
+    (truths * factors.double()).sum().backward()
+    torch.testing.assert_close(losses.double(), truths, rtol=1e-5, atol=1e-5)
+    assert error(logits.grad, exact.grad) < 1e-6
 
 
 def test_backward_in_pieces_and_again(monkeypatch) -> None:
@@ -206,13 +235,13 @@ def test_the_ops_keep_the_rules_of_torch(with_gradient) -> None:
     hidden, weight, targets, bias = sample(20)
     hidden.requires_grad_(with_gradient)
     torch.library.opcheck(
-        loss_and_dhidden, (hidden, weight, targets, None, None, 1.0, with_gradient)
+        losses_and_dhidden, (hidden, weight, targets, None, None, 1.0, with_gradient)
     )
     torch.library.opcheck(
-        loss_and_dhidden, (hidden, weight, targets, bias, 5.0, 0.5, with_gradient)
+        losses_and_dhidden, (hidden, weight, targets, bias, 5.0, 0.5, with_gradient)
     )
     logits = torch.randn(20, VOCABULARY, requires_grad=with_gradient)
-    torch.library.opcheck(loss_and_dlogits, (logits, targets, with_gradient))
+    torch.library.opcheck(losses_and_dlogits, (logits, targets, with_gradient))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +17,9 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import dequantize, quantize
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
+
+# for helpers beside the tests, which are no package
+sys.path.insert(0, str(Path(__file__).parent))
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 # "1 2" and "Ġ 1" join digits, so a rule that should keep digits apart is seen to do so.

@@ -108,6 +108,19 @@ def test_nothing_leaks_between_samples(lengths: tuple[int, ...]) -> None:
     assert torch.equal(again[:, lengths[0] :], y[:, lengths[0] :])
 
 
+@pytest.mark.parametrize(
+    ("sizes", "runs"),
+    [
+        ([7, 5, 6, 8], [[7, 5, 6, 8]]),
+        ([100, 60, 40, 9, 8], [[100, 60, 40], [9, 8]]),
+        ([4, 30, 28, 1, 1], [[4], [30, 28], [1, 1]]),
+        ([5], [[5]]),
+    ],
+)
+def test_samples_of_similar_length_share_a_call(sizes: list[int], runs: list[list[int]]) -> None:
+    assert attention._runs(sizes) == runs
+
+
 def test_dropout_is_applied() -> None:
     q, k, v = inputs((8, 8), 4, torch.float32)
     torch.manual_seed(0)

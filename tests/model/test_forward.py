@@ -13,9 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from qtune.data.chat import Sample
 from qtune.data.collate import Batch, collate
-from qtune.data.rows import Row
+from qtune.data.order import PADDING_MULTIPLE, micro_batches
+from qtune.data.sample import Sample
 from qtune.errors import UserError
 from qtune.model import attention
 from qtune.model.forward import (
@@ -23,8 +23,12 @@ from qtune.model.forward import (
     forward_hidden,
     forward_logits,
     inner_model,
+    packs,
     takes_logits_to_keep,
 )
+from qtune.recipe import Train
+from qtune.train.objective import load_objective
+from qtune_kernels.cpu import tiles
 
 VOCABULARY = 97
 SMALL = {
@@ -80,8 +84,8 @@ def samples(lengths: tuple[int, ...] = (9, 5, 14, 2)) -> list[Sample]:
     made = []
     for number, length in enumerate(lengths):
         ids = torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
-        supervised = [i > 0 and (i + number) % 3 != 0 for i in range(length)]
-        made.append(Sample(Row("t", number, []), ids, supervised))
+        weights = [float(i > 0 and (i + number) % 3 != 0) for i in range(length)]
+        made.append(Sample(f"t:{number}", ids, weights))
     return made
 
 
@@ -147,7 +151,7 @@ def test_only_the_wanted_logits_are_made(implementation: str) -> None:
     model.lm_head.register_forward_hook(lambda module, given, made: seen.append(made.shape[:-1]))
     parts = samples((6, 6, 6))
     for part in parts:
-        part.supervised[:] = [False] * 4 + [True] * 2
+        part.weights[:] = [0.0] * 4 + [1.0] * 2
     forward_logits(model, collate(parts))
     assert [shape.numel() for shape in seen] == [6]
 
@@ -168,6 +172,119 @@ def test_gradients_are_those_of_the_samples_alone(implementation: str) -> None:
         strict=True,
     ):
         torch.testing.assert_close(actual, expected, atol=2e-4, rtol=1e-3)
+
+
+def spied(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[None]:
+    """Grows with each call of that function of the module."""
+    calls: list[None] = []
+    own = getattr(module, name)
+
+    def spy(*given: Any, **options: Any) -> Any:
+        calls.append(None)
+        return own(*given, **options)
+
+    monkeypatch.setattr(module, name, spy)
+    return calls
+
+
+# lengths of samples that each way of attending is taken for: laid side by side in one call, or in
+# one for each of three runs: 30, then 2, 3 and 1, then 4
+SIDE_BY_SIDE, IN_RUNS = (9, 8, 10, 9), (30, 2, 3, 1, 4)
+WAYS = {
+    "side by side": (attention.NAME, SIDE_BY_SIDE, True),
+    "in runs": (attention.NAME, IN_RUNS, True),
+    "one per row": (attention.NAME, IN_RUNS, False),
+    "one per row by the model": ("sdpa", IN_RUNS, False),
+}
+
+
+@pytest.mark.parametrize(("implementation", "lengths", "packing"), WAYS.values(), ids=WAYS)
+def test_others_beside_it_change_nothing_for_a_sample(
+    implementation: str, lengths: tuple[int, ...], packing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, parts = build("llama", SMALL, implementation), samples(lengths)
+    for kept in range(len(parts)):
+        single = forward_logits(model, collate([parts[kept]], packing=packing))
+        calls = spied(monkeypatch, attention, "_causal")
+        batch = collate(parts, packing=packing)
+        beside = forward_logits(model, batch)[batch.sample_of == kept]
+        # in each of two layers
+        assert len(calls) == {True: 2 if lengths == SIDE_BY_SIDE else 6, False: 0}[packing]
+        torch.testing.assert_close(beside, single, atol=2e-5, rtol=1e-5)
+        # and what the others hold
+        for other in set(range(len(parts))) - {kept}:
+            parts[other].ids[:] = [3 + token % 90 for token in parts[other].ids]
+        again = forward_logits(model, collate(parts, packing=packing))[batch.sample_of == kept]
+        assert torch.equal(again, beside)
+
+
+def loss_and_gradients(
+    model: nn.Module, parts: list[Sample], max_tokens: int, *, packing: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """The mean loss of a step in micro-batches, and the gradients it leaves."""
+    model.zero_grad()
+    objective = load_objective(Train(steps=1))
+    total = torch.zeros(())
+    for group in micro_batches(parts, max_tokens, packing=packing):
+        loss, _ = objective.loss(model, collate(group, multiple=16, packing=packing), None)
+        (loss / objective.count(parts)).backward()
+        total += loss.detach() / objective.count(parts)
+    return total, [p.grad for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("lengths", [SIDE_BY_SIDE, IN_RUNS], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_loss_and_gradients_are_the_unpacked_ones(
+    family: str, lengths: tuple[int, ...]
+) -> None:
+    parts = samples(lengths)
+    plain, packed = (build(family, FAMILIES[family], name) for name in ("sdpa", attention.NAME))
+    assert packs(packed) and not packs(plain)
+    # one sample in each row and step
+    loss, gradients = loss_and_gradients(plain, parts, 1, packing=False)
+    for model, packing, max_tokens in [
+        (packed, True, 1000),
+        (packed, True, 32),
+        (packed, False, 1000),
+        (plain, False, 1000),
+    ]:
+        found, others = loss_and_gradients(model, parts, max_tokens, packing=packing)
+        torch.testing.assert_close(found, loss, atol=0, rtol=1e-6)
+        for ours, theirs in zip(others, gradients, strict=True):
+            assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-7
+
+
+@pytest.mark.skipif(not tiles.available(), reason="this processor has no AMX")
+@pytest.mark.parametrize("lengths", [SIDE_BY_SIDE, IN_RUNS], ids=str)
+def test_kernels_that_take_packed_rows_are_no_less_exact(
+    lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**SMALL, "hidden_size": 128}
+    parts, calls = samples(lengths), spied(monkeypatch, attention.kernels, "packed_attention")
+    truth = build("llama", settings, "sdpa").to(torch.bfloat16).double()
+    rows = build("llama", settings, "sdpa").to(torch.bfloat16)
+    packed = build("llama", settings, attention.NAME).to(torch.bfloat16)
+    expected, right = loss_and_gradients(truth, parts, 1, packing=False)
+    unpacked, theirs = loss_and_gradients(rows, parts, 1, packing=False)
+    assert not calls
+    found, ours = loss_and_gradients(packed, parts, 1000, packing=True)
+    assert len(calls) == 2
+    assert abs(found - expected) <= 2 * abs(unpacked - expected) + 0.01 * expected
+    for a, b, exact in zip(ours, theirs, right, strict=True):
+        allowed = 2 * (b - exact).norm() + 1e-3 * exact.norm()
+        assert (a - exact).norm() <= allowed
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", attention.NAME])
+def test_padded_rows_are_a_multiple_long(implementation: str) -> None:
+    model = build("llama", SMALL, implementation)
+    seen = []
+    model.model.register_forward_pre_hook(
+        lambda module, given, named: seen.append(named["input_ids"].shape), with_kwargs=True
+    )
+    forward_logits(model, collate(samples((9, 5, 3)), packing=False))
+    forward_logits(model, collate(samples((8, 5)), packing=False))
+    assert PADDING_MULTIPLE == 8 and seen == [(3, 16), (2, 8)]
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", attention.NAME])

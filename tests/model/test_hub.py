@@ -98,6 +98,17 @@ def test_only_safe_files_are_fetched_and_the_cache_serves_the_next_call(
     assert hub.cached_snapshot("org/name", None) == folder
 
 
+def test_weights_are_left_out_where_nobody_wants_them(fake_hub, make_folder):
+    fake_hub.files = {file.name: file.read_bytes() for file in make_folder().iterdir()}
+    folder = hub.download_snapshot("org/name", None, weights=False)
+    assert set(fake_hub.fetched) == {"config.json", "tokenizer.json"}
+    assert hub.cached_snapshot("org/name", None, weights=False) == folder
+    # which is no whole model
+    assert hub.cached_snapshot("org/name", None) is None
+    hub.download_snapshot("org/name", None)
+    assert hub.cached_snapshot("org/name", None) == folder
+
+
 def test_model_of_pickles_is_explained(fake_hub):
     fake_hub.files = {"config.json": b"{}", "pytorch_model.bin": b"x"}
     with pytest.raises(UserError, match="no safetensors on the hub"):

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from qtune.data.chat import Sample
 from qtune.data.collate import Batch, collate
-from qtune.data.rows import Row
+from qtune.data.sample import Sample
 from qtune.errors import UserError
 from qtune.model import attention
 from qtune.model.forward import forward_logits
@@ -79,7 +78,7 @@ def batch(lengths: tuple[int, ...] = (9, 5, 12, 2)) -> Batch:
     made = []
     for number, length in enumerate(lengths):
         ids = torch.randint(3, 97, (length,), generator=generator).tolist()
-        made.append(Sample(Row("t", number, []), ids, [True] * length))
+        made.append(Sample(f"t:{number}", ids, [0.0] + [1.0] * (length - 1)))
     return collate(made)
 
 

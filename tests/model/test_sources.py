@@ -47,6 +47,17 @@ def test_folder_is_itself_and_checked(make_folder, monkeypatch):
         resolve("model", report=quiet)
 
 
+def test_a_configuration_is_enough_where_no_weights_are_wanted(make_folder):
+    folder = make_folder()
+    (folder / "model.safetensors").unlink()
+    assert resolve(str(folder), report=quiet, weights=False) == folder
+    with pytest.raises(UserError, match="holds no weights"):
+        resolve(str(folder), report=quiet)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        resolve(str(folder), report=quiet, weights=False)
+
+
 def test_gguf_file_is_converted_once_and_again_when_it_changes(tiny_gguf, tmp_path):
     path = tmp_path / "tiny.gguf"
     truth = tiny_gguf().write(path)

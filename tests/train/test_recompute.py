@@ -20,14 +20,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qtune import recipe_yaml, run
 from qtune.data.collate import Batch, collate
+from qtune.data.sample import Sample
 from qtune.machine import Peak
 from qtune.model.load import add_adapter, load_base
-from qtune.recipe import Lora, Quant
+from qtune.recipe import Lora, Quant, Train
 from qtune.run_folder import RunFolder
 from qtune.setup import open_setup
 from qtune.train import loop, recompute, state
 from qtune.train.log import read_metrics
-from qtune.train.objectives import sft
+from qtune.train.objective import load_objective
 from qtune.train.recompute import POLICIES, ChangedInPlaceError
 
 CPU = torch.device("cpu")
@@ -40,6 +41,7 @@ SIZES = {
     "vocab_size": 512,
 }
 GROUPED = {**SIZES, "num_key_value_heads": 2}
+SFT = load_objective(Train(steps=1))
 PRODUCTS = {"aten::mm", "aten::addmm", "qtune::lora_linear", "qtune::linear"}
 KEPT_ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
 
@@ -70,17 +72,16 @@ def loaded(folder, quant=QUANT, lora=LORA) -> PeftModel:
 
 def two_samples() -> Batch:
     """Samples of 20 and 13 tokens."""
-    ids = torch.randint(0, 512, (1, 33), generator=torch.Generator().manual_seed(0))
-    positions = torch.cat([torch.arange(20), torch.arange(13)])[None]
-    predicts = torch.tensor([i for i in range(32) if i != 19])
-    return Batch(ids, positions, ids[0, predicts + 1], predicts, [20, 13], [])
+    ids = torch.randint(0, 512, (33,), generator=torch.Generator().manual_seed(0)).tolist()
+    parts = ids[:20], ids[20:]
+    return collate([Sample("t:1", part, [0.0] + [1.0] * (len(part) - 1)) for part in parts])
 
 
 def step(model, batch, policy) -> list[torch.Tensor]:
     """The loss and all gradients of one step, and the random number drawn after it."""
     recompute.use(model, policy)
     torch.manual_seed(1)
-    loss, _ = sft.loss(model, batch)
+    loss, _ = SFT.loss(model, batch, None)
     loss.backward()
     trained = [p for p in model.parameters() if p.requires_grad]
     found = [loss.detach(), *(p.grad for p in trained if p.grad is not None), torch.rand(1)]
@@ -142,7 +143,7 @@ def test_policies_give_the_same_bits_in_every_architecture(tmp_path, name):
 
 def operations_of_backward(model, policy) -> Counter:
     recompute.use(model, policy)
-    loss, _ = sft.loss(model, two_samples())
+    loss, _ = SFT.loss(model, two_samples(), None)
     with Operations() as ran:
         loss.backward()
     model.zero_grad()
@@ -255,11 +256,12 @@ def train(recipe, policy, peak=None):
     job = loop.Job(
         recipe=recipe,
         model=model,
-        samples=setup.data.train,
+        objective=SFT,
+        feed=setup.data.feed,
         held_out=setup.data.held_out,
         num_steps=recipe.train.steps,
         folder=recipe.run,
-        start=state.resumed(recipe.run / "checkpoints", state.fresh(setup.data.train, 1)),
+        start=state.resumed(recipe.run / "checkpoints", state.fresh(setup.data.feed, 1)),
         peak=peak or Peak(CPU),
     )
     loop.train(job, Accelerator())
@@ -288,7 +290,7 @@ def test_a_run_resumed_with_any_policy_is_the_same_run(tiny_recipe, tmp_path, fi
 def test_a_run_goes_on_with_the_policy_it_began_with(tiny_recipe, monkeypatch, then):
     recipe = tiny_recipe(train={"save_every": 1}, evaluate={"answer_rows": 0}, export=())
     setup = open_setup(recipe, Accelerator())
-    sizes = run.make_plan(recipe, setup.base, setup.data.train, CPU).recompute.total_bytes
+    sizes = run.make_plan(recipe, setup.base, setup.data.feed, CPU).recompute.total_bytes
     used, use = [], recompute.use
     monkeypatch.setattr(recompute, "use", lambda model, p: (used.append(p), use(model, p)))
     # cheap fits with room to spare, none does not
@@ -310,5 +312,5 @@ def test_a_run_goes_on_with_the_policy_it_began_with(tiny_recipe, monkeypatch, t
 
 def test_every_policy_trains_on_a_packed_batch(tiny_recipe):
     recipe = tiny_recipe()
-    batch = collate(open_setup(recipe, Accelerator()).data.train[:3])
+    batch = collate(open_setup(recipe, Accelerator()).data.feed.samples[:3])
     assert_same_steps(loaded(Path(recipe.model)), batch)

@@ -1,7 +1,7 @@
 """The files that go with the weights: tokenizer, chat template, generation config, config, licence.
 
 The tokenizer's files are copied, not saved again: transformers 5 writes class names that older
-libraries do not know. The chat template is written from the tokenizer that was trained with.
+libraries do not know. Only the chat template in them is replaced by the one that was trained with.
 Generation stops where answers in the training data end, which a base's own generation config often
 leaves out.
 """
@@ -13,8 +13,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from qtune.data.chat import encode, special_tokens
-from qtune.data.rows import Row
+from qtune.data.chat import end_of_turn
+from qtune.export.folder import template
 from qtune.model.folder import read_json
 
 _TOKENIZER = (
@@ -35,8 +35,8 @@ def write(base_folder: Path, tokenizer: PreTrainedTokenizerBase, folder: Path) -
                 shutil.copyfile(path, folder / path.name)
     if (base_folder / "README.md").is_file():
         shutil.copyfile(base_folder / "README.md", folder / "README.base.md")
-    if isinstance(tokenizer.chat_template, str):
-        (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
+    template.write_text(folder, tokenizer)
+    _replace_old_template(folder / "tokenizer_config.json", tokenizer)
     write_json(folder / _GENERATION, generation_config(base_folder, tokenizer))
 
 
@@ -65,15 +65,20 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, known: int | list[int] | None =
     stops = [known] if isinstance(known, int) else list(known or [])
     if tokenizer.eos_token_id is not None:
         stops.append(tokenizer.eos_token_id)
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        sample = encode(tokenizer, Row("stop ids", 1, messages), max_length=1 << 20)
-        learned = [i for i, taught in zip(sample.ids, sample.supervised, strict=True) if taught]
-        special = special_tokens(tokenizer)
-        stops += [i for i in learned if i in special][-1:]
+    turn_end = end_of_turn(tokenizer) if tokenizer.chat_template else None
+    if turn_end is not None:
+        stops.append(turn_end)
     return list(dict.fromkeys(stops))
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write an object as readable JSON."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _replace_old_template(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Put the trained template where libraries from before chat_template.jinja look for it."""
+    config = read_json(path) if path.is_file() else {}
+    old = config.get("chat_template")
+    if old is not None and old != tokenizer.chat_template:
+        write_json(path, config | {"chat_template": tokenizer.chat_template})

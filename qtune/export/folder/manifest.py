@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
+from transformers import PreTrainedTokenizerBase
 
-from qtune.data.chat import template_hash
+from qtune.export.folder import template
 from qtune.export.folder.companions import generation_config, write_json
 from qtune.export.folder.trained import Trained
 from qtune.model.checkpoint import weight_files
 
-NAME = "qtune.json"
+NAME = template.NAME
 WHOLE_BYTES = 16_000_000_000
 _PACKAGES = ("qtune", "torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors")
 
@@ -31,11 +32,16 @@ def write(folder: Path, trained: Trained, form: dict[str, Any]) -> None:
         | base_hash(trained.base_folder),
         "trained_on": {"format": recipe.quant.format, "group_size": recipe.quant.group_size},
         "adapter_sha256": adapter_hash(trained.model),
-        "template_sha256": template_hash(tokenizer) if tokenizer.chat_template else None,
         "stop_ids": stops if isinstance(stops, list) else [stops],
         "versions": versions(),
     }
-    write_json(folder / NAME, value)
+    write_json(folder / NAME, value | template.facts(tokenizer))
+
+
+def write_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the template, and a qtune.json that says which it is: what a run's adapter has."""
+    template.write_text(folder, tokenizer)
+    write_json(folder / NAME, template.facts(tokenizer))
 
 
 def base_hash(folder: Path, whole_bytes: int = WHOLE_BYTES) -> dict[str, str]:

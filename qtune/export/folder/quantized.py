@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from qtune.export.adapter import base_name, write_adapter
-from qtune.export.folder.shards import write_shards
 from qtune.export.folder.trained import Trained
 from qtune.model.checkpoint import Names, bare_name, distinct_tensors
 from qtune.model.merge import merged_tensors, quant_layers, untied
+from qtune.model.merge_experts import fused_matrices
 from qtune.model.quantizer import QtuneConfig, quantized_on_meta
+from qtune.model.shards import write_shards
 from qtune.quant.linear import TENSORS, QuantLinear
 
 # the tensors of a layer, by full name, given its name with the dot
@@ -88,8 +89,12 @@ def form_of(trained: Trained) -> dict[str, object]:
 def _pair(trained: Trained, encode: Encode) -> Iterator[tuple[str, Tensor]]:
     names, layers = Names.of(trained.base), quant_layers(trained.model)
     codes = {name.removesuffix("weight") + leaf for name in layers for leaf in TENSORS[1:]}
+    mixtures = fused_matrices(trained.base, trained.base_folder)
+    left_out = {name for matrix in mixtures for name in matrix.stored}
+    for name in (weight for matrix in mixtures for weight in matrix.weights):
+        yield from encode(name.removesuffix("weight"), layers[name])
     for stored, name, tensor in distinct_tensors(trained.base_folder, names):
-        if name in codes:
+        if name in codes or stored in left_out:
             continue
         if name in layers:
             yield from encode(stored.removesuffix("weight"), layers[name])

@@ -100,3 +100,16 @@ def test_config_has_the_changes_and_nothing_stale(base: Path, out: Path) -> None
     (base / "config.json").write_text(json.dumps(config | stale | {"_name_or_path": "/home/me"}))
     write_config(base, out, {"dtype": "bfloat16"})
     assert json.loads((out / "config.json").read_text()) == config | {"dtype": "bfloat16"}
+
+
+def test_old_template_in_the_tokenizers_configuration_is_replaced(
+    base: Path, tokenizer: PreTrainedTokenizerBase, out: Path
+) -> None:
+    """Libraries from before chat_template.jinja read it there."""
+    path = base / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"chat_template": "old"}))
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
+    write(base, tokenizer, out)
+    written = json.loads((out / "tokenizer_config.json").read_text())
+    assert written == config | {"chat_template": tokenizer.chat_template}

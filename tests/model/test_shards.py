@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qtune.errors import UserError
-from qtune.export.folder.shards import write_shards
+from qtune.model.shards import write_shards
 
 TENSORS = {f"t{i}": torch.arange(10.0) + i for i in range(5)} | {"wide": torch.ones(3, 4).T}
 
@@ -42,10 +42,10 @@ def test_tensor_above_the_limit_gets_its_own_shard(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*-of-00006.safetensors"))) == 6
 
 
-def test_transformers_loads_shards(bases: dict[str, Path], tmp_path: Path) -> None:
-    for path in bases["qwen2"].glob("*.json"):
+def test_transformers_loads_shards(tiny_model: Path, tmp_path: Path) -> None:
+    for path in tiny_model.glob("*.json"):
         shutil.copy(path, tmp_path)
-    whole = load_file(bases["qwen2"] / "model.safetensors")
+    whole = load_file(tiny_model / "model.safetensors")
     write_shards(iter(whole.items()), tmp_path, shard_bytes=100_000)
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     found = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
