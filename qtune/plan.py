@@ -163,7 +163,8 @@ class _Planner:
         base = stored or 2 * self._num_parameters()
         sizes = {"adapter": 0, "bf16": 2 * base}
         exports = sum(sizes.get(name, frozen) + adapter for name in self._recipe.export)
-        return (self._recipe.train.keep + 1) * (adapter + state) + adapter + exports
+        kept = state + adapter * (2 if self._recipe.train.keep_best else 1)
+        return (self._recipe.train.keep + 1) * kept + adapter + exports
 
 
 def meta_model(config: Any, recipe: Recipe) -> PreTrainedModel:

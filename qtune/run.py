@@ -156,6 +156,7 @@ def check(recipe: Recipe, memory: str | None = None, num_processes: int = 1) -> 
     and of the model no weights are needed.
     """
     exporter.check(recipe, recipe.export, recipe.merge.quantized)
+    log.check_trackers(recipe)
     load_objective(recipe.train)
     accelerator = parallel.open_accelerator()
     if memory is None:

@@ -22,7 +22,7 @@ from qtune.data.rows import Mistakes, Problems, Row
 from qtune.data.sample import Sample
 from qtune.data.sources import read
 from qtune.data.store import Samples, collected, stored
-from qtune.data.suits import Form, check_form, form_of
+from qtune.data.suits import Form, check_form, check_single, form_of
 from qtune.data.writer import Writer
 from qtune.errors import UserError
 from qtune.progress import bar
@@ -77,6 +77,7 @@ class Encoder:
     def finish(self, source: Source) -> None:
         """Raises UserError with the fatal mistakes, or where every row was left out."""
         self.fatal.raise_if_any()
+        check_single(self.forms)
         if not self.num_samples:
             told = "\n".join(str(finding) for finding in self.findings.of("left out"))
             raise UserError(f"{source.path}: not one of its rows can be used\n{told}")

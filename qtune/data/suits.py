@@ -5,6 +5,7 @@ pairs are for dpo, orpo and simpo; answers with a label for kto. Nothing is read
 an answer that a label calls bad would be learned as a good one by sft.
 """
 
+from collections.abc import Mapping
 from typing import Literal
 
 from qtune.data.rows import Row
@@ -36,6 +37,16 @@ def form_of(row: Row) -> Form:
     if row.label is not None:
         return "labelled answer"
     return "text" if row.plain else "answer"
+
+
+def check_single(places: Mapping[Form, str]) -> None:
+    """Raises UserError where rows of one source have several forms; `places` has one of each."""
+    if len(places) > 1:
+        (first, there), (other, here) = list(places.items())[:2]
+        raise UserError(
+            f"{here}: this row is {_HOW[other]}, and {there} is {_HOW[first]}; a source has rows "
+            "of one form: mend the row, divide the source, or name its format"
+        )
 
 
 def check_form(objective: ObjectiveName, form: Form, place: str) -> None:

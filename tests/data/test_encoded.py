@@ -227,3 +227,11 @@ def test_a_prompt_that_the_rows_do_not_go_on_from_is_noted_once(
     assert told.place.endswith("train.jsonl:1") and not told.fatal
     plain = make_tokenizer(OPENS.replace("<think>", ""))
     assert not encoded(source("x", "y"), tiny_recipe(), plain).findings.of("other prompt")
+
+
+def test_a_source_with_rows_of_several_forms_is_refused(tiny_recipe, tokenizer, tmp_path):
+    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in (chat, {"text": "hello"})))
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: this row is plain text, and"):
+        encoded(Source(path=str(path)), tiny_recipe(), tokenizer)
