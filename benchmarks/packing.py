@@ -252,10 +252,9 @@ def main() -> None:
         }
         content = {
             "settings": {**settings, "data": chosen.data and chosen.data.name, "warm_up": WARM_UP},
-            "load_average_before": load,
             "environment": environment(setup.device),
             "tokens_per_step": [each["tokens"] for each in rounds],
-            "variants": variants,
+            "cases": [{"load_average_before": round(load, 2), "variants": variants}],
         }
         chosen.out.parent.mkdir(parents=True, exist_ok=True)
         write_text(chosen.out, json.dumps(content, indent=1) + "\n")

@@ -36,8 +36,9 @@ def test_quick_run_writes_every_variant(
     report = json.loads(out.read_text("utf-8"))
     assert report["settings"]["data"] == "questions.jsonl"
     assert len(report["tokens_per_step"]) == 2
-    assert list(report["variants"]) == list(script.VARIANTS)
-    for name, found in report["variants"].items():
+    (case,) = report["cases"]
+    assert list(case["variants"]) == list(script.VARIANTS)
+    for name, found in case["variants"].items():
         assert f"| {name} |" in done.stdout
         assert found["step_s"]["q1"] <= found["step_s"]["median"] <= found["step_s"]["q3"]
         assert len(found["seconds"]) == 2 and 0 <= found["padding_share"] < 1
