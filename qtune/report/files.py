@@ -27,6 +27,11 @@ class Files:
     """qtune.json of each export, with the name of its folder."""
 
     @property
+    def judged(self) -> bool:
+        """Whether the run learned from preferences: its loss is one of rows and not of tokens."""
+        return any("margin" in line for line in self.training)
+
+    @property
     def peak_bytes(self) -> int | None:
         """Most memory that training took."""
         return max((line["peak_memory_bytes"] for line in self.training), default=None)

@@ -41,6 +41,9 @@ def _change(files: Files) -> str:
             numbers.score(row["exact_match"], row["answers"]) for row in (base, tuned)
         )
         return f"exact match {scores} on {tuned['answers']} unseen requests"
+    if files.judged and files.held_out and "held_out_accuracy" in files.held_out[-1]:
+        share = numbers.percent(files.held_out[-1]["held_out_accuracy"])
+        return f"{share} of held-out rows judged rightly"
     if base and tuned:
         losses = ARROW.join(numbers.decimal(row["loss"], 3) for row in (base, tuned))
         return f"held-out loss {losses} over {numbers.whole(tuned['tokens'])} tokens"

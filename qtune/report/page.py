@@ -29,6 +29,7 @@ SMALL_CHARTS = {
     "lr": "Learning rate",
     "tokens_per_s": "Tokens per second",
     "grad_norm": "Gradient norm before clipping",
+    "margin": "Margin of rewards",
 }
 
 

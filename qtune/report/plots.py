@@ -79,13 +79,13 @@ def loss_chart(name: str, width: int, training: Series, held_out: Series) -> Mar
 
 
 def small_chart(name: str, width: int, series: Series, what: str) -> Markup:
-    """One figure of the training over its steps, from zero up."""
+    """One figure of the training over its steps; zero is in sight."""
     with settings(name):
         figure = new_figure(width, 170)
         axes = figure.add_subplot()
         shown, _ = binned(series, SMALL_POINTS)
         axes.plot(shown.steps, shown.values, color=COLOURS["accent"], lw=1.5)
-        axes.set_ylim(0, max(shown.values) * 1.08 or 1)
+        axes.set_ylim(min(0, *shown.values) * 1.08, max(0, *shown.values) * 1.08 or 1)
         axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
         axes.yaxis.set_major_formatter(FuncFormatter(_tick))
         _style(axes, "step")

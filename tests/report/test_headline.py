@@ -1,3 +1,5 @@
+import json
+
 from qtune.report import files, headline
 from qtune.report.numbers import SPACE
 
@@ -26,6 +28,18 @@ def test_a_finished_run_says_what_changed_in_which_time_at_which_size(finished):
 def test_without_answers_the_losses_are_compared(finished):
     rewrite(finished, exact_match=None, answers=0)
     assert said(finished).startswith("Held-out loss 2.631 → 0.058 over 2,893 tokens; ")
+
+
+def test_a_run_on_preferences_tells_how_many_it_judges_rightly(finished):
+    rewrite(finished, exact_match=None, answers=0)
+    path = finished.path / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    judged = [
+        line | ({"held_out_accuracy": 0.876} if "held_out_loss" in line else {"margin": 0.2})
+        for line in lines
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in judged))
+    assert said(finished).startswith("88 % of held-out rows judged rightly; ")
 
 
 def test_the_trained_model_is_the_row_that_the_table_names(finished):
