@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from rich.markup import escape
 
+from qtune.cache import cache_folder
 from qtune.model import hub
-from qtune.model.cache import cache_folder
 from qtune.model.sources import MIRRORS
 
 if TYPE_CHECKING:

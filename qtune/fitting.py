@@ -9,6 +9,7 @@ from torch import nn
 
 from qtune.errors import UserError
 from qtune.memory import Memory, training_memory
+from qtune.model.blocks import blocks
 from qtune.recompute_choice import Recompute, choose
 from qtune.train import recompute
 from qtune.train.recompute import POLICIES, Policy
@@ -54,7 +55,7 @@ def _memories(model: nn.Module, load: Workload, device: torch.device) -> dict[Po
     Raises UserError where the recipe names one that it cannot.
     """
     wanted = load.recipe.train.recompute
-    policies = POLICIES if any(recompute.blocks(model)) else POLICIES[:1]
+    policies = POLICIES if any(blocks(model)) else POLICIES[:1]
     memories: dict[Policy, Memory] = {}
     for policy in policies:
         with suppress(recompute.ChangedInPlaceError):

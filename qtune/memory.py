@@ -19,6 +19,7 @@ from qtune.data.collate import ROW_MULTIPLE, Batch, collate
 from qtune.data.sample import Sample
 from qtune.live_bytes import LiveBytes
 from qtune.meta_mode import as_on
+from qtune.model.blocks import blocks
 from qtune.model.forward import forward_logits, packs
 from qtune.model.head import output_head
 from qtune.quant.linear import QuantLinear
@@ -109,8 +110,8 @@ def _sharded(whole: Memory, model: nn.Module, num_shards: int) -> Memory:
     lies beside it for a moment, in which there are no activations yet. Gradients of adapters are
     summed whole over a step's micro-batches and shared out at its end.
     """
-    blocks = [_parameter_bytes(block) for block in recompute.blocks(model)]
-    around = _parameter_bytes(model) - sum(blocks)
+    in_blocks = [_parameter_bytes(block) for block in blocks(model)]
+    around = _parameter_bytes(model) - sum(in_blocks)
     later = whole.activations + whole.backward + whole.logits + whole.temporary
 
     def part(size: int) -> int:
@@ -122,7 +123,7 @@ def _sharded(whole: Memory, model: nn.Module, num_shards: int) -> Memory:
         adapter=part(whole.adapter),
         gradients=whole.gradients + part(whole.gradients),
         optimizer=part(whole.optimizer),
-        gathered=around + WHOLE_BLOCKS * max(blocks, default=0) + max(0, around - later),
+        gathered=around + WHOLE_BLOCKS * max(in_blocks, default=0) + max(0, around - later),
     )
 
 

@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from qtune.model import attention
-from qtune.train import recompute
+from qtune.model.blocks import blocks
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def as_on(device: torch.device, model: nn.Module) -> Iterator[None]:
     mode = _AsOnDevice()
     with mode, attention.standing_for(device.type):
         # the backward pass leaves modes behind, and recomputes blocks
-        for block in recompute.blocks(model):
+        for block in blocks(model):
             run: Any = block._gradient_checkpointing_func
             within: Any = partial(_run_within, run, mode)
             block._gradient_checkpointing_func = within

@@ -27,6 +27,11 @@ if not console.is_terminal:
 LINE_EVERY = 15.0
 
 
+def say(text: str) -> None:
+    """Print a line as it is: file names and tokens may hold what rich takes for markup."""
+    console.print(text, markup=False, soft_wrap=True)
+
+
 class Bar:
     """Progress of one piece of work: `advance` it, with a few words on how it goes."""
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from qtune.errors import UserError
 from qtune.recipe import Recipe
+from qtune.yaml_document import flat
 
 FREE = (
     *("run", "log", "export", "merge", "evaluate", "data.test"),
@@ -23,7 +24,7 @@ WATCHED = ("evaluate.loss_rows", "train.eval_every")
 
 def changes(before: Recipe, now: Recipe) -> dict[str, str]:
     """The differing keys of two recipes that change the training, each as `old -> new`."""
-    old, new = (_without_empty(_flat(asdict(recipe))) for recipe in (before, now))
+    old, new = (_without_empty(flat(asdict(recipe))) for recipe in (before, now))
     return {
         key: f"{old.get(key)} -> {new.get(key)}"
         for key in sorted(old.keys() | new.keys())
@@ -33,7 +34,7 @@ def changes(before: Recipe, now: Recipe) -> dict[str, str]:
 
 def check_names(names: Sequence[str], recipe: Recipe) -> None:
     """Raises UserError for a name that is neither a key of the recipe nor a section."""
-    keys = _flat(asdict(recipe))
+    keys = flat(asdict(recipe))
     known = {key.rsplit(".", i)[0] for key in keys for i in range(key.count(".") + 1)}
     for name in names:
         if name not in known:
@@ -54,12 +55,3 @@ def _is_free(key: str, recipe: Recipe) -> bool:
 
 def _without_empty(flat: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in flat.items() if value != {}}
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(values, dict) or not values:
-        return {prefix: values}
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat

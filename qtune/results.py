@@ -24,7 +24,7 @@ from qtune.export.folder.trained import Trained
 from qtune.machine import available_bytes
 from qtune.model.load import load_base
 from qtune.model.merge import Onto
-from qtune.progress import console
+from qtune.progress import say
 from qtune.run_folder import RunFolder
 from qtune.setup import Setup
 
@@ -132,7 +132,7 @@ class Results:
         free = available_bytes(self._setup.device)
         if size > free:
             sizes = f"it takes {size / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
-            console.print(f"{title}: not measured, {sizes}", markup=False, soft_wrap=True)
+            say(f"{title}: not measured, {sizes}")
         return size <= free
 
     def _add(

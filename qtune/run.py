@@ -20,7 +20,7 @@ from qtune.machine import Peak, available_bytes, keeping_freed_memory
 from qtune.model.forward import check_packing
 from qtune.model.sharded import load_adapted
 from qtune.plan import Plan, make_plan, plan_elsewhere
-from qtune.progress import console
+from qtune.progress import say
 from qtune.recipe import Recipe
 from qtune.recipe_changes import covers
 from qtune.report import write_report
@@ -66,7 +66,7 @@ def _fits_whole(plan: Plan, setup: Setup) -> bool:
     """Whether one device can hold the model that was trained on several; it is said if not."""
     size, free = sum(layer.size_bytes for layer in plan.layers), available_bytes(setup.device)
     if plan.num_processes > 1 and size > free:
-        console.print(
+        say(
             f"trained: the adapter is in {setup.recipe.run}. One device cannot hold the whole "
             f"model ({size / 2**30:.0f} GiB); `qtune eval` and `qtune export` measure and write it "
             "where one can"
@@ -193,4 +193,4 @@ def export(run: RunFolder, names: Sequence[str]) -> None:
 
 def report(run: RunFolder) -> None:
     """Write the run's report.html."""
-    console.print(f"report: {write_report(run)}", markup=False, soft_wrap=True)
+    say(f"report: {write_report(run)}")

@@ -13,7 +13,7 @@ from qtune.errors import UserError
 from qtune.evaluate.exact_match import matches
 from qtune.model.load import load_tokenizer, register
 from qtune.model.sources import resolve
-from qtune.progress import console
+from qtune.progress import say
 from qtune.recipe import Recipe
 
 
@@ -36,7 +36,7 @@ def open_setup(recipe: Recipe, accelerator: Accelerator, *, weights: bool = True
     _check_processes(recipe, accelerator)
     register()
     with accelerator.main_process_first():
-        base = resolve(recipe.model, revision=recipe.revision, report=_say, weights=weights)
+        base = resolve(recipe.model, revision=recipe.revision, report=say, weights=weights)
     tokenizer = load_tokenizer(base, trust_remote_code=recipe.trust_remote_code)
     use_template(tokenizer, recipe.data.template)
     # one process of each machine tokenises; the others wait for its file, not in a collective
@@ -64,8 +64,3 @@ def _check_references(recipe: Recipe, data: Dataset) -> None:
                 f"{row.place}: the expected answer is no JSON, which evaluate.metric: {metric} "
                 f"compares; mend the row, or set evaluate.metric: exact_match"
             )
-
-
-def _say(text: str) -> None:
-    # file names and tokens may hold what rich takes for markup
-    console.print(text, markup=False, soft_wrap=True)

@@ -16,14 +16,8 @@ from qtune.recipe import Recipe, Train
 from qtune.run_folder import RunFolder
 from qtune.setup import Setup
 from qtune.show_data import notes
+from qtune.train.objective import preference_settings
 
-# objectives with settings of their own, and which
-_PREFERENCE: dict[str, tuple[str, ...]] = {
-    "dpo": ("label_smoothing",),
-    "orpo": (),
-    "kto": ("desirable_weight", "undesirable_weight"),
-    "simpo": ("margin",),
-}
 # settings of the optimizer that are told where they are set
 _OPTIONAL = ("lora_plus_ratio", "weight_decay", "neftune_alpha", "ema_decay", "spike_factor")
 
@@ -71,11 +65,10 @@ def results(table: Table, run: RunFolder) -> None:
 
 def objective(settings: Train) -> str:
     """The objective, with the settings of its own."""
-    own = _PREFERENCE.get(settings.objective)
-    if own is None:
-        return settings.objective
-    told = (f"{name} {getattr(settings.preference, name):g}" for name in own)
-    return ", ".join([settings.objective, f"beta {settings.beta:g}", *told])
+    own = preference_settings(settings)
+    # where the recipe gives no strength, the objective has one
+    values = ((n, settings.beta if n == "beta" else getattr(settings.preference, n)) for n in own)
+    return ", ".join([settings.objective, *(f"{name} {value:g}" for name, value in values)])
 
 
 def _formats(plan: Plan) -> Counter[str]:

@@ -13,7 +13,7 @@ from rich.text import Text
 from qtune.data.findings import Findings
 from qtune.data.sample import Sample
 from qtune.data.tokens import special_tokens
-from qtune.progress import console
+from qtune.progress import console, say
 from qtune.setup import Setup
 
 NUM_SAMPLES = 3
@@ -56,9 +56,7 @@ def notes(setup: Setup) -> None:
     for kind, count in counts.items():
         told = [str(finding) for finding in found.of(kind)[:MOST_PLACES]]
         more = [f"and {count - len(told)} more"] if count > len(told) else []
-        text = f"note: {_share(kind, setup.data.summary)}: {'; '.join(told + more)}"
-        # file names and tokens may hold what rich takes for markup
-        console.print(text, markup=False, soft_wrap=True)
+        say(f"note: {_share(kind, setup.data.summary)}: {'; '.join(told + more)}")
 
 
 def _share(kind: str, summary: dict[str, Any]) -> str:

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from qtune.data.feed import Feed, StoredFeed
 from qtune.data.order import micro_batches, padded_length, share
 from qtune.data.sample import Sample
+from qtune.data.suits import takes_pairs
 from qtune.recipe import Recipe
 
 # so many steps and samples are looked at
 MOST_STEPS = 1000
 MOST_SAMPLES = 20_000
-PAIRED = {"dpo", "orpo", "simpo"}
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,7 @@ def workload(
 def _sample(recipe: Recipe, length: int) -> Sample:
     """A row of the kind the objective takes, of that many tokens in each part, all learned."""
     ids, weights = [0] * length, [0.0] + [1.0] * (length - 1)
-    paired = recipe.train.objective in PAIRED
-    rejected = Sample("", ids, weights) if paired else None
+    rejected = Sample("", ids, weights) if takes_pairs(recipe.train.objective) else None
     return Sample("", ids, weights, rejected=rejected, label=True)
 
 

@@ -22,13 +22,8 @@ from typing import Any
 import psutil
 
 from qtune import recipe_yaml
-from qtune.train.log import read_metrics
+from qtune.train.log import MEASURED, read_metrics
 
-# figures that no two runs share
-MEASURED = {
-    *("seconds", "tokens_per_s", "supervised_tokens_per_s", "mfu", "data_wait_share"),
-    "peak_memory_bytes",
-}
 POLL_SECONDS = 0.001
 # a rank whose neighbour was killed has so long to end
 PATIENCE_SECONDS = 300

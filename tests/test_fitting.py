@@ -1,32 +1,26 @@
 import re
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from qtune import fitting
+from qtune import fitting, memory, meta_mode
+from qtune.data.chunk import NO_ROW
 from qtune.data.feed import StoredFeed
 from qtune.data.mix import Mix
 from qtune.data.sample import Sample
+from qtune.data.store import collected
 from qtune.errors import UserError
 from qtune.fitting import STEP, _fitting_tokens, fit
 from qtune.model.load import add_adapter, register
 from qtune.plan import meta_model
+from qtune.train import recompute
 from qtune.workload import workload
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:.*tie_word_embeddings=True.*:UserWarning")
-
-
-class Part(list):
-    sha256 = ""
-
-    @property
-    def lengths(self):
-        return np.array([sample.num_tokens for sample in self])
 
 
 @pytest.fixture
@@ -39,7 +33,7 @@ def fitted(tiny_recipe):
         config = AutoConfig.from_pretrained(recipe.model)
         model = add_adapter(meta_model(config, recipe), recipe.lora)
         lengths = (100, 90, 60, 110, 80, 50, 70, 120)
-        samples = Part(Sample("x", [5] * n, [1.0] * n) for n in lengths)
+        samples = collected((Sample("x", [5] * n, [1.0] * n), NO_ROW) for n in lengths)
         feed = StoredFeed(Mix([samples], [None]), 4, 0)
         return fit(model, workload(recipe, feed, 4, 1, packing=True), CPU, free, begun)
 
@@ -138,7 +132,8 @@ def test_a_policy_that_the_model_cannot_follow_is_left_out(fitted, monkeypatch):
 
 
 def test_a_model_without_blocks_keeps_everything(fitted, monkeypatch):
-    monkeypatch.setattr(fitting.recompute, "blocks", lambda model: iter(()))
+    for user in (fitting, memory, meta_mode, recompute):
+        monkeypatch.setattr(user, "blocks", lambda model: iter(()))
     assert list(fitted(2**40).recompute.total_bytes) == ["none"]
     with pytest.raises(UserError, match="cheap does not work with this model; set it to auto"):
         fitted(2**40, recompute="cheap")

@@ -1,7 +1,6 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -15,9 +14,11 @@ from transformers import (
 )
 
 from qtune import plan
+from qtune.data.chunk import NO_ROW
 from qtune.data.feed import StoredFeed
 from qtune.data.mix import Mix
 from qtune.data.sample import Sample
+from qtune.data.store import collected
 from qtune.errors import UserError
 from qtune.model.load import add_adapter, load_base, register
 from qtune.plan import make_plan, matrix_flops_per_s, num_steps, plan_elsewhere, size_bytes
@@ -28,14 +29,6 @@ CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:.*tie_word_embeddings=True.*:UserWarning")
 
 
-class Part(list):
-    sha256 = ""
-
-    @property
-    def lengths(self):
-        return np.array([sample.num_tokens for sample in self])
-
-
 @pytest.fixture(autouse=True)
 def registered():
     register()
@@ -44,7 +37,7 @@ def registered():
 def feed(batch_size=4):
     """Twelve samples of 40 to 95 tokens."""
     lengths = range(40, 100, 5)
-    made = Part(Sample("x", [5] * n, [1.0] * n, label=True) for n in lengths)
+    made = collected((Sample("x", [5] * n, [1.0] * n, label=True), NO_ROW) for n in lengths)
     return StoredFeed(Mix([made], [None]), batch_size, 0)
 
 

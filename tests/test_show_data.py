@@ -7,7 +7,7 @@ import pytest
 from accelerate import Accelerator
 from rich.console import Console
 
-from qtune import show_data
+from qtune import progress, show_data
 from qtune.data.sample import Sample
 from qtune.setup import open_setup
 
@@ -17,7 +17,8 @@ def screen(monkeypatch):
     def use(**options):
         out = io.StringIO()
         console = Console(file=out, width=100, highlight=False, **options)
-        monkeypatch.setattr(show_data, "console", console)
+        for user in (show_data, progress):
+            monkeypatch.setattr(user, "console", console)
         return out
 
     return use

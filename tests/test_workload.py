@@ -1,19 +1,12 @@
-import numpy as np
 import pytest
 
+from qtune.data.chunk import NO_ROW
 from qtune.data.feed import StoredFeed
 from qtune.data.mix import Mix
 from qtune.data.order import micro_batches, share
 from qtune.data.sample import Sample
+from qtune.data.store import collected
 from qtune.workload import workload
-
-
-class Part(list):
-    sha256 = ""
-
-    @property
-    def lengths(self):
-        return np.array([sample.num_tokens for sample in self])
 
 
 class Stream:
@@ -30,7 +23,8 @@ def samples(*lengths):
 
 
 def feed(*lengths, batch_size=4):
-    return StoredFeed(Mix([Part(samples(*lengths))], [None]), batch_size, 0)
+    part = collected((sample, NO_ROW) for sample in samples(*lengths))
+    return StoredFeed(Mix([part], [None]), batch_size, 0)
 
 
 LENGTHS = [5, 90, 31, 64, 33, 18, 77, 40, 12, 55, 60, 21]

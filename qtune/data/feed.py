@@ -28,6 +28,10 @@ class Feed(Protocol):
     def samples(self) -> Sequence[Sample]:
         """All samples, or the first ones of a stream."""
 
+    @property
+    def shares(self) -> Sequence[float]:
+        """What part of the samples each source gives."""
+
     def batch(self, step: int) -> list[Sample]:
         """The samples of optimizer step `step`, counted from 0."""
 
@@ -44,7 +48,7 @@ class StoredFeed:
     def __init__(self, mix: Mix, batch_size: int, seed: int) -> None:
         self.samples = mix
         self.sha256 = mix.sha256
-        self.num_rows = len(mix)
+        self.num_rows, self.shares = len(mix), mix.shares
         self._batch_size, self._seed = batch_size, seed
 
     def batch(self, step: int) -> list[Sample]:

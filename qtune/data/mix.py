@@ -7,8 +7,10 @@ twice before all of its source have come once. All of it is a pure function of s
 """
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any, Protocol, overload
 
 import torch
@@ -44,12 +46,16 @@ class Mix(Sequence[Sample]):
 
     def __init__(self, parts: Sequence[Part], weights: Sequence[float | None]) -> None:
         self._parts = list(parts)
-        self._starts = _starts([len(part) for part in parts])
+        self._starts = list(accumulate(map(len, parts), initial=0))
         self.lengths: Tensor = torch.cat([torch.as_tensor(part.lengths) for part in parts])
         """Tokens of each sample, int64 [N]."""
         given = [part.sha256 for part in parts], [None if w is None else float(w) for w in weights]
         self.sha256 = hashlib.sha256(repr(given).encode()).hexdigest()
         """Hash of the samples and their weights."""
+        sizes = [len(part) for part in parts]
+        counted = [n if w is None else w for n, w in zip(sizes, weights, strict=True)]
+        self.shares = [weight / sum(counted) for weight in counted]
+        """Of each part in an epoch, before it is rounded to whole places."""
         self._places = self._quotas(weights)
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
 
@@ -66,7 +72,7 @@ class Mix(Sequence[Sample]):
         at = index + len(self) if index < 0 else index
         if not 0 <= at < len(self):
             raise IndexError(index)
-        number = next(n for n, end in enumerate(self._starts[1:]) if at < end)
+        number = bisect_right(self._starts, at) - 1
         return self._parts[number][at - self._starts[number]]
 
     def epoch(self, seed: int, epoch: int) -> Tensor:
@@ -85,9 +91,7 @@ class Mix(Sequence[Sample]):
 
     def _quotas(self, weights: Sequence[float | None]) -> list[int]:
         """Places of each part in an epoch: shares rounded to the largest remainders."""
-        sizes = [len(part) for part in self._parts]
-        given = [size if w is None else w for size, w in zip(sizes, weights, strict=True)]
-        exact = [w / sum(given) * len(self) for w in given]
+        exact = [share * len(self) for share in self.shares]
         places = [int(share) for share in exact]
         by_remainder = sorted(range(len(exact)), key=lambda i: places[i] - exact[i])
         for i in by_remainder[: len(self) - sum(places)]:
@@ -108,10 +112,3 @@ def _walk(num_rows: int, places: int, seed: int, epoch: int) -> Tensor:
     walked = torch.cat([order(num_rows, seed, number) for number in passes])
     start = first - passes.start * num_rows
     return walked[start : start + places]
-
-
-def _starts(sizes: Sequence[int]) -> list[int]:
-    starts = [0]
-    for size in sizes:
-        starts.append(starts[-1] + size)
-    return starts

@@ -62,13 +62,9 @@ def prepare(recipe: Recipe, tokenizer: "Tokenizer", *, builds: bool = True) -> D
     findings = Findings()
     findings.merge(*(part.findings for part in [*validation, *training]))
     findings.merge(repeated(train), *_overlaps(train, held_out, test))
-    return Dataset(
-        _feed(training, recipe, tokenizer),
-        good_answers(held_out),
-        test,
-        findings.kept,
-        _summary(training, train, held_out, findings),
-    )
+    feed = _feed(training, recipe, tokenizer)
+    figures = _summary(training, feed.shares, train, held_out, findings)
+    return Dataset(feed, good_answers(held_out), test, findings.kept, figures)
 
 
 def _parts(
@@ -125,22 +121,25 @@ def _feed(training: Sequence[Encoded], recipe: Recipe, tokenizer: "Tokenizer") -
 
 
 def _summary(
-    training: Sequence[Encoded], train: Samples, held_out: Samples, findings: Findings
+    training: Sequence[Encoded],
+    shares: Sequence[float],
+    train: Samples,
+    held_out: Samples,
+    findings: Findings,
 ) -> dict[str, Any]:
     """The figures that `Dataset.summary` holds."""
-    weights = [part.source.weight or len(part.samples) for part in training]
     return {
         "train": {"rows": _num_rows(train), **summary(train)},
         "held_out": {"rows": _num_rows(held_out), **summary(held_out)},
         "sources": [
             {
                 "path": part.source.path,
-                "share": weight / sum(weights),
+                "share": share,
                 "rows": _num_rows(part.samples),
                 "left_out": part.findings.counts["left out"],
                 "tokens": int(part.samples.lengths.sum()),
             }
-            for part, weight in zip(training, weights, strict=True)
+            for part, share in zip(training, shares, strict=True)
         ],
         "findings": dict(findings.counts),
     }

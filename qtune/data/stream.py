@@ -21,7 +21,7 @@ from qtune.data.sample import Sample
 from qtune.data.sources import Position, read
 from qtune.data.suits import check_form, form_of
 from qtune.errors import UserError
-from qtune.progress import console
+from qtune.progress import say
 from qtune.recipe import Recipe
 from qtune.recipe_data import Source
 
@@ -52,7 +52,7 @@ class StreamFeed:
         self.samples = samples
         self.left_out = LeftOut()
         self._batch_size = recipe.train.batch_size
-        self._shares = [weight / sum(weights) for weight in weights]
+        self.shares = [weight / sum(weights) for weight in weights]
         encode_row = usable(recipe, tokenizer)
         self._streams = [_Stream(source, encode_row, self.left_out) for source in sources]
         self._step = 0
@@ -79,7 +79,7 @@ class StreamFeed:
         given = sum(stream.at.given for stream in self._streams) + 1
         behind = [
             share * given - stream.at.given
-            for share, stream in zip(self._shares, self._streams, strict=True)
+            for share, stream in zip(self.shares, self._streams, strict=True)
         ]
         return self._streams[behind.index(max(behind))]
 
@@ -94,10 +94,9 @@ class LeftOut:
         """Note a row that cannot be used, and why."""
         self.count += 1
         if self.count <= MOST_TOLD:
-            # places and texts may hold what rich takes for markup
-            console.print(f"left out: {place}: {text}", markup=False, soft_wrap=True)
+            say(f"left out: {place}: {text}")
         if self.count == MOST_TOLD:
-            console.print("further rows are left out without a word")
+            say("further rows are left out without a word")
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,11 @@ _HOW: dict[Form, str] = {
 }
 
 
+def takes_pairs(objective: ObjectiveName) -> bool:
+    """Whether the objective learns from pairs of answers."""
+    return "pair" in _WANTED[objective]
+
+
 def form_of(row: Row) -> Form:
     """The form of a row."""
     if row.rejected is not None:

@@ -3,9 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from qtune.cache import build_once, cache_folder, need_space
-
-__all__ = ["build_once", "cache_folder", "model_folder", "need_space"]
+from qtune.cache import cache_folder
 
 
 def model_folder(name: str, identity: str) -> Path:

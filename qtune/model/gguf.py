@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from qtune.cache import need_space
 from qtune.errors import UserError
-from qtune.model.cache import need_space
 from qtune.model.gguf_config import generation_config, model_config
 from qtune.model.gguf_tokenizer import write_tokenizer
 

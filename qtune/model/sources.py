@@ -11,9 +11,10 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from qtune.cache import build_once
 from qtune.errors import UserError
 from qtune.model import hub, package
-from qtune.model.cache import build_once, model_folder
+from qtune.model.cache import model_folder
 from qtune.model.folder import check_folder
 from qtune.model.package import PackageFile
 

@@ -20,6 +20,7 @@ from qtune.report.files import Files, read
 from qtune.report.plots import Series
 from qtune.report.samples import clipped, laid_out
 from qtune.run_folder import RunFolder
+from qtune.yaml_document import flat
 
 # widths in pixels that charts are drawn for: a wide page, a telephone, a third of the wide page
 WIDE, NARROW, SMALL = 1040, 340, 330
@@ -72,7 +73,7 @@ def render(run: RunFolder) -> str:
         other_shade=plots.OTHER_SHADE,
         samples=[laid_out(sample) for sample in files.samples],
         layers=_by_format(files),
-        environment=list(_flat(files.environment or {})),
+        environment=list(_settings(files.environment or {})),
     )
 
 
@@ -139,11 +140,8 @@ def _by_format(files: Files) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -row["bytes"])
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def _settings(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Keys, joined by points, and values of nested mappings, in their order."""
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            items = value if isinstance(value, list) else [value]
-            yield f"{prefix}{key}", ", ".join(numbers.DASH if x is None else str(x) for x in items)
+    for key, value in flat(values).items() if values else ():
+        items = value if isinstance(value, list) else [value]
+        yield key, ", ".join(numbers.DASH if item is None else str(item) for item in items)

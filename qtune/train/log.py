@@ -20,7 +20,13 @@ from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracke
 from qtune.errors import UserError
 from qtune.files import write_text
 from qtune.recipe import Recipe
+from qtune.yaml_document import flat
 
+# figures of a step that no two runs share
+MEASURED = {
+    *("seconds", "tokens_per_s", "supervised_tokens_per_s", "mfu", "data_wait_share"),
+    "peak_memory_bytes",
+}
 METRICS, SAMPLES, TRACKERS = "metrics.jsonl", "samples.jsonl", "trackers.json"
 
 
@@ -131,7 +137,7 @@ def start_trackers(recipe: Recipe, folder: Path, accelerator: Accelerator, step:
     known = _known_runs(folder) if step else {}
     accelerator.log_with = [_tracker(name, recipe, folder, known, step) for name in names]
     # trackers that know the run have its recipe
-    accelerator.init_trackers("", None if known else _flat(asdict(recipe)))
+    accelerator.init_trackers("", None if known else _settings(recipe))
     if accelerator.is_main_process:
         write_text(folder / TRACKERS, json.dumps(_run_ids(accelerator.trackers)) + "\n")
 
@@ -164,15 +170,10 @@ def _known_runs(folder: Path) -> dict[str, str]:
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
 
-def _flat(values: dict[str, Any], before: str = "") -> dict[str, Any]:
-    """Nested settings as `train.lr` and so on, each a number, a truth value or text."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            found |= _flat(value, f"{before}{key}.")
-        else:
-            found[before + key] = value if isinstance(value, (int, float, str)) else str(value)
-    return found
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as `train.lr` and so on, each a number, a truth value or text."""
+    leaves = {key: value for key, value in flat(asdict(recipe)).items() if value != {}}
+    return {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in leaves.items()}
 
 
 def _markdown(rows: Sequence[dict[str, Any]]) -> str:

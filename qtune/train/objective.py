@@ -11,7 +11,7 @@ needs to know of the other rows is found by `shared`, before any gradient is mad
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from importlib import import_module
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 
@@ -54,9 +54,17 @@ class Objective(Protocol):
 
 def load_objective(settings: Train) -> Objective:
     """The objective that `train.objective` names; UserError where other settings do not suit it."""
-    module = import_module(f"qtune.train.objectives.{settings.objective}")
-    _check_preference(settings, getattr(module, "PREFERENCE", ()))
-    return cast(Objective, module.make(settings))
+    _check_preference(settings, preference_settings(settings))
+    return cast(Objective, _module(settings).make(settings))
+
+
+def preference_settings(settings: Train) -> tuple[str, ...]:
+    """The names of the settings of `train.preference` that the objective uses."""
+    return getattr(_module(settings), "PREFERENCE", ())
+
+
+def _module(settings: Train) -> Any:
+    return import_module(f"qtune.train.objectives.{settings.objective}")
 
 
 def _check_preference(settings: Train, used: tuple[str, ...]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qtune.errors import UserError
 from qtune.train.parallel import put, whole
+from qtune.train.tensors import trained_parameters
 
 # beside paths of state, which have a ::
 KIND = "optimizer"
@@ -23,8 +24,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     """Copies of all that the optimizer keeps, on the CPU; a work of all processes together."""
     state = {
         f"{name}::{key}": _tensor(value)
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
+        for name, parameter in trained_parameters(model).items()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
     return {KIND: _kind(optimizer), **state}
@@ -43,7 +43,7 @@ def restore_optimizer(
             f"state {type(optimizer).__name__} cannot use; put train.optimizer back, or start a "
             f"new run"
         )
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = trained_parameters(model)
     for parameter in parameters.values():
         optimizer.state[parameter] = {}
     for path, full in tensors.items():

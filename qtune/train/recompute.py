@@ -25,7 +25,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from qtune.model.blocks import blocks as blocks
+from qtune.model.blocks import blocks
 
 Policy = Literal["none", "cheap", "all"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from qtune.data.feed import Feed
 from qtune.errors import UserError
-from qtune.progress import console
+from qtune.progress import say
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def resumed(folder: Path, start: State, *, other_data: bool = False) -> State:
             "new run, or go on with the new data by --allow data"
         )
     if state.num_processes != start.num_processes:
-        _say(
+        say(
             f"note: {place(folder, state.step)} was written by {state.num_processes} processes "
             f"and goes on with {start.num_processes}: losses will agree with an uninterrupted run "
             "to rounding, not in every bit, and dropout draws other numbers"
@@ -147,7 +147,7 @@ def _last_whole(folder: Path) -> State | None:
             damages.append(str(damage))
             continue
         for text in damages:
-            _say(f"note: {text}; going on from {checkpoint}")
+            say(f"note: {text}; going on from {checkpoint}")
         return state
     if damages:
         raise UserError(
@@ -177,10 +177,6 @@ def _remove(checkpoint: Path) -> None:
 def _number(checkpoint: Path) -> int:
     digits = checkpoint.name.removeprefix("step-")
     return int(digits) if digits.isdigit() else -1
-
-
-def _say(text: str) -> None:
-    console.print(text, markup=False, soft_wrap=True)
 
 
 def _seal(content: dict[str, Any]) -> str:

@@ -156,3 +156,15 @@ def row() -> Callable[..., Row]:
         return Row("train.jsonl", number, messages)
 
     return make
+
+
+@pytest.fixture
+def tokenizer(tokenizers):
+    """The one with ChatML."""
+    return tokenizers["chatml"]
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    """A cache of the test's own."""
+    monkeypatch.setenv("QTUNE_CACHE", str(tmp_path / "cache"))

@@ -24,14 +24,7 @@ OPENS = (
 )
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("QTUNE_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def tokenizer(tokenizers):
-    return tokenizers["chatml"]
+pytestmark = pytest.mark.usefixtures("empty_cache")
 
 
 @pytest.fixture

@@ -13,15 +13,7 @@ from qtune.data.stream import StreamFeed
 from qtune.errors import UserError
 from qtune.recipe_data import Source
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("QTUNE_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def tokenizer(tokenizers):
-    return tokenizers["chatml"]
+pytestmark = pytest.mark.usefixtures("empty_cache")
 
 
 @pytest.fixture

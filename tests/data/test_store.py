@@ -17,9 +17,7 @@ from qtune.errors import UserError
 KEY = "0123456789abcdef" * 4
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("QTUNE_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("empty_cache")
 
 
 def make(count, first=0):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import datasets
 import pytest
 
+from qtune import progress
 from qtune.data import stream
 from qtune.data.chat import encode
 from qtune.data.sources import load
@@ -24,7 +25,7 @@ def tokenizer(tiny_model):
 def said(monkeypatch):
     """What the terminal is told."""
     lines = []
-    monkeypatch.setattr(stream.console, "print", lambda text, **options: lines.append(text))
+    monkeypatch.setattr(progress.console, "print", lambda text, **options: lines.append(text))
     return lines
 
 

@@ -20,15 +20,10 @@ from qtune.plan import num_steps
 from qtune.recipe import Recipe
 from qtune.setup import open_setup
 from qtune.train import loop, parallel, state
-from qtune.train.log import read_metrics
+from qtune.train.log import MEASURED, read_metrics
 from qtune.train.objective import load_objective
 
 CPU = torch.device("cpu")
-# figures that no two runs share
-MEASURED = {
-    *("seconds", "tokens_per_s", "supervised_tokens_per_s", "mfu", "data_wait_share"),
-    "peak_memory_bytes",
-}
 
 
 class StopsAfter(Peak):

@@ -22,6 +22,7 @@ from qtune import recipe_yaml, run
 from qtune.data.collate import Batch, collate
 from qtune.data.sample import Sample
 from qtune.machine import Peak
+from qtune.model.blocks import blocks
 from qtune.model.load import add_adapter, load_base
 from qtune.recipe import Lora, Quant, Train
 from qtune.run_folder import RunFolder
@@ -200,8 +201,8 @@ class Block(GradientCheckpointingLayer):
 
 def test_blocks_are_the_outermost_ones():
     outer = [Block(Block(), torch.nn.Linear(1, 1)), Block()]
-    assert list(recompute.blocks(torch.nn.Sequential(torch.nn.Sequential(*outer)))) == outer
-    assert list(recompute.blocks(torch.nn.Linear(1, 1))) == []
+    assert list(blocks(torch.nn.Sequential(torch.nn.Sequential(*outer)))) == outer
+    assert list(blocks(torch.nn.Linear(1, 1))) == []
 
 
 class AddsInPlace(GradientCheckpointingLayer):
