@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from qtune.files import write_text
 from qtune.quant.linear import QuantLinear
+from qtune.quant.storage import Storage
 
 # (out features, in features); multiples of 64, because others meet a bug of bitsandbytes 0.50
 SHAPES = [(576, 576), (192, 576), (1536, 576), (576, 1536), (2048, 2048)]
@@ -41,8 +42,8 @@ def layers(shape: tuple[int, int]) -> dict[str, nn.Module]:
     dense.weight.data.normal_(0, 0.02)
     return {
         BASELINE: dense.requires_grad_(False),
-        "qtune nf4": QuantLinear.from_linear(dense, "nf4", 64),
-        "qtune int8": QuantLinear.from_linear(dense, "int8", 64),
+        "qtune nf4": QuantLinear.from_linear(dense),
+        "qtune int8": QuantLinear.from_linear(dense, Storage("int8")),
         "bitsandbytes nf4": bitsandbytes_layer(dense),
     }
 

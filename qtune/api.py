@@ -49,6 +49,11 @@ def load(
     computed_in = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(computed_in, torch.dtype) or not computed_in.is_floating_point:
         raise UserError(f"dtype={dtype!r}: take bfloat16, float16 or float32")
+    if lora is not None and lora.init != "zero":
+        raise UserError(
+            f"lora.init: {lora.init} measures the model on text; a recipe's run does, for load() "
+            "take lora.init: zero"
+        )
     state = PartialState()
     with state.main_process_first():
         folder = resolve(model, revision=revision)

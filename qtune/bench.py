@@ -10,7 +10,7 @@ from qtune.data.order import micro_batches
 from qtune.evaluate.compare import Kind, Row, make_row
 from qtune.evaluate.exact_match import score
 from qtune.evaluate.generate import Answers, answer
-from qtune.evaluate.perplexity import KEPT_TOKENS, Reference, held_out
+from qtune.evaluate.perplexity import KEPT_TOKENS, Reference, SampleLoss, held_out
 from qtune.progress import bar
 from qtune.setup import Setup
 
@@ -30,6 +30,8 @@ class Bench:
             collate(group, setup.device, multiple=ROW_MULTIPLE, packing=packing) for group in groups
         ]
         self._reference: Reference | None = None
+        self.losses: dict[str, list[SampleLoss]] = {}
+        """Of each held-out sample, by the names of the models that were measured."""
         self.test = setup.data.test[: settings.answer_rows]
         self.references = [row.messages[-1]["content"] for row in self.test]
 
@@ -44,6 +46,7 @@ class Bench:
         reference = None if keep else self._reference
         likelihood = held_out(model, self._batches, reference=reference, keep_tokens=kept)
         self._reference = likelihood.kept or self._reference
+        self.losses[name] = likelihood.samples
         if not self.test:
             return make_row(name, kind, likelihood, **facts), None
         answers = self._answers(name, model)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
@@ -26,10 +25,14 @@ from qtune.errors import UserError
 from qtune.evaluate.generate import generate_ids, stop_ids
 from qtune.evaluate.mode import measuring
 from qtune.export.folder import template
+from qtune.model.adapt import load_trained
+from qtune.model.calibrated import calibrated_place, is_calibrated
 from qtune.model.forward import inner_model
+from qtune.model.kv_cache import packed_cache
 from qtune.model.load import load_base, load_tokenizer, register
 from qtune.model.sources import resolve
 from qtune.recipe_data import Data, sources
+from qtune.run_folder import CALIBRATION, RunFolder
 
 HELP = """\
 /reset starts over, /system TEXT starts over with that system message (none without TEXT),
@@ -42,32 +45,38 @@ Write = Callable[[str], None]
 
 @dataclass
 class Partner:
-    """A model to talk to, and the system message that a conversation with it starts with."""
+    """A model to talk to, and the system message that a conversation with it starts with.
+
+    `kv_bits` are those of its keys and values; None: they are as the model makes them.
+    """
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     system: str = ""
+    kv_bits: int | None = None
 
     def reply(self, messages: list[Message], write: Write, max_new_tokens: int) -> str:
         """The assistant's next message, sent to `write` as it comes; shorter after Ctrl-C."""
         device = inner_model(self.model).device
         ids = torch.tensor([prompt_ids(self.tokenizer, messages)], device=device)
         pieces = _Pieces(self.tokenizer, write)
-        stops = stop_ids(self.model, self.tokenizer)
+        stops, live = stop_ids(self.model, self.tokenizer), torch.ones_like(ids)
+        config = inner_model(self.model).config
+        cache = packed_cache(config, self.kv_bits) if self.kv_bits else None
         with measuring(self.model):
             try:
-                generate_ids(
-                    self.model, ids, torch.ones_like(ids), stops, max_new_tokens, streamer=pieces
-                )
+                generate_ids(self.model, ids, live, stops, max_new_tokens, pieces, cache)
             except KeyboardInterrupt:
                 pieces.end()  # type: ignore[no-untyped-call]
         return pieces.text
 
 
-def talk(source: str) -> None:
+def talk(source: str, kv_bits: int | None = None) -> None:
     """Chat in the terminal with a model or run folder. Raises UserError where there is none."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chat(open_partner(source, device, report=print), input, _to_terminal)
+    partner = open_partner(source, device, report=print)
+    partner.kv_bits = kv_bits
+    chat(partner, input, _to_terminal)
 
 
 def chat(partner: Partner, read: Read, write: Write, *, max_new_tokens: int = 512) -> None:
@@ -113,9 +122,22 @@ def _open_run(path: Path, device: torch.device, report: Callable[[str], None]) -
     tokenizer = load_tokenizer(folder, **trust)
     use_template(tokenizer, recipe.data.template)
     template.check(run.adapter, tokenizer)
-    base = load_base(folder, recipe.quant, device=device, **trust)
-    model = PeftModel.from_pretrained(base, run.adapter)
+    base = load_base(_stored_base(folder, run), recipe.quant, device=device, **trust)
+    model = load_trained(base, run.adapter)
     return Partner(model, tokenizer, _system_message(recipe.data, report))
+
+
+def _stored_base(folder: Path, run: RunFolder) -> Path:
+    """The folder of the base that the run was trained on; UserError: it is there no more."""
+    if not is_calibrated(run.recipe):
+        return folder
+    place = calibrated_place(folder, run.recipe, run.read(CALIBRATION)["sha256"])
+    if not place.is_dir():
+        raise UserError(
+            f"the base of {run.path}, calibrated with its data, is not in the cache any more; "
+            f"`qtune eval {run.path}` makes it again"
+        )
+    return place
 
 
 def _system_message(data: Data, report: Callable[[str], None]) -> str:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from qtune import cli_low_bits
 from qtune.errors import UserError
 from qtune.interrupt import Interrupted, at_once
 
@@ -108,6 +109,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.add_argument("--nproc", type=int, default=1, metavar="N", help="plan for N devices")
 
+    low_bits = cli_low_bits
+    low_bits.add_plan(verbs.add_parser("plan", help="which model in which formats for a memory"))
+    low_bits.add_sense(verbs.add_parser("sense", help="what each layer loses in each format"))
+    compare = verbs.add_parser("compare", help="formats and methods on your own model and data")
+    _add_recipe(compare)
+    low_bits.add_compare(compare)
+
     for verb, text in (
         ("eval", "measure a run's base, quantized and tuned model again"),
         ("merge", "fold a run's adapter into 16-bit weights, measured"),
@@ -122,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
 
     chat = verbs.add_parser("chat", help="talk to a model or to what a run trained")
     chat.add_argument("model", help="run folder, model folder, hub id or .gguf file")
+    chat.add_argument("--kv-bits", type=int, choices=(8, 4, 2), help="bits of keys and values")
 
     verbs.add_parser("schema", help="print the recipe's JSON Schema")
     verbs.add_parser("doctor", help="show versions, devices, and what works here")
@@ -152,12 +161,15 @@ def _run(chosen: argparse.Namespace) -> None:
             from qtune import doctor
 
             doctor.show()
-        case "train" | "check":
+        case "train" | "check" | "compare":
             # the recipe's mistakes are shown before anything heavy is imported
             from qtune import recipe_yaml
 
             recipe = recipe_yaml.load(chosen.recipe, chosen.overrides)
             _quiet_libraries()
+            if chosen.verb == "compare":
+                cli_low_bits.compare(chosen, recipe)
+                return
             from qtune import run
 
             if chosen.verb == "train":
@@ -166,11 +178,17 @@ def _run(chosen: argparse.Namespace) -> None:
                 run.train(recipe, resume=chosen.resume, allow=chosen.allow)
             else:
                 run.check(recipe, chosen.memory, chosen.nproc)
+        case "plan":
+            _quiet_libraries()
+            cli_low_bits.plan(chosen)
+        case "sense":
+            _quiet_libraries()
+            cli_low_bits.sense(chosen)
         case "chat":
             _quiet_libraries()
             from qtune import chat
 
-            chat.talk(chosen.model)
+            chat.talk(chosen.model, chosen.kv_bits)
         case _:
             _run_stage(chosen)
 

@@ -89,11 +89,13 @@ def _smaller(
         return _memory(model, load, device, found.recompute.policy, tokens).total
 
     most = load.recipe.train.micro_batch_tokens
-    return _fitting_tokens(size_at, load.longest.num_tokens, most, free)
+    return largest_below(size_at, load.longest.num_tokens, most, free)
 
 
-def _fitting_tokens(size_at: Callable[[int], int], least: int, most: int, free: int) -> int | None:
-    """The largest micro_batch_tokens below `most` that fits, a multiple of STEP or `least` itself.
+def largest_below(
+    size_at: Callable[[int], int], least: int, most: int, free: int, step: int = STEP
+) -> int | None:
+    """The largest number below `most` whose size fits, a multiple of `step` or `least` itself.
 
     None where that does not fit. Sizes grow about in a straight line, so the next one to try is
     guessed on that, and every other time halfway.
@@ -103,10 +105,10 @@ def _fitting_tokens(size_at: Callable[[int], int], least: int, most: int, free: 
     if low >= high or size > free:
         return None
     halfway = False
-    while (next_one := (low // STEP + 1) * STEP) < high:
+    while (next_one := (low // step + 1) * step) < high:
         share = 0.5 if halfway else (free - size) / (larger - size)
-        guess = int(low + share * (high - low)) // STEP * STEP
-        guess = min(max(guess, next_one), (high - 1) // STEP * STEP)
+        guess = int(low + share * (high - low)) // step * step
+        guess = min(max(guess, next_one), (high - 1) // step * step)
         found = size_at(guess)
         if found <= free:
             low, size = guess, found

@@ -96,7 +96,7 @@ def training_memory(
         activations=kept - logits if are_kept else kept,
         backward=peak - kept,
         logits=logits,
-        temporary=_largest_dense(model),
+        temporary=largest_dense(model),
     )
     return whole if num_shards == 1 else _sharded(whole, model, num_shards)
 
@@ -161,8 +161,8 @@ def _logits(model: nn.Module, batch: Batch, device: torch.device) -> tuple[int, 
         return forward_logits(model, batch).nbytes, True
 
 
-def _largest_dense(model: nn.Module) -> int:
-    """Bytes of the largest quantized matrix in the compute dtype."""
+def largest_dense(model: nn.Module) -> int:
+    """Bytes of the largest quantized matrix in the compute dtype; 0 where there is none."""
     sizes = [
         layer.in_features * layer.out_features * layer.compute_dtype.itemsize
         for layer in model.modules()

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig
 
 from qtune.data.feed import Feed
 from qtune.errors import UserError
 from qtune.fitting import Fit, fit, num_shards
 from qtune.machine import available_bytes
 from qtune.memory import Memory
+from qtune.model.adapt import adapt
 from qtune.model.forward import packs
-from qtune.model.load import add_adapter, make_ready
-from qtune.model.quantizer import QtuneConfig, quantized_on_meta
+from qtune.model.skeleton import meta_model
 from qtune.quant.linear import QuantLinear
 from qtune.recipe import Recipe
 from qtune.recompute_choice import Recompute
@@ -112,7 +112,7 @@ class _Planner:
         base = meta_model(config, recipe)
         linears = [(n, m) for n, m in base.named_modules() if isinstance(m, torch.nn.Linear)]
         self._layers = [_layer(name, layer) for name, layer in linears]
-        self._model = add_adapter(base, recipe.lora)
+        self._model = adapt(base, recipe)
         self._steps = num_steps(recipe, feed.num_rows)
         packing = recipe.data.packing and packs(base)
         self._load: Workload = workload(recipe, feed, self._steps, num_processes, packing=packing)
@@ -167,27 +167,6 @@ class _Planner:
         return (self._recipe.train.keep + 1) * kept + adapter + exports
 
 
-def meta_model(config: Any, recipe: Recipe) -> PreTrainedModel:
-    """The base model of the run on the meta device, its layers as they will be stored."""
-    model: PreTrainedModel
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config,
-            dtype=torch.bfloat16,
-            trust_remote_code=recipe.trust_remote_code,
-        )
-    make_ready(model)
-    if recipe.quant.format is not None:
-        settings = QtuneConfig(
-            format=recipe.quant.format,
-            group_size=recipe.quant.group_size,
-            skip=list(recipe.quant.skip),
-        )
-        quantized_on_meta(model, settings)
-    model.requires_grad_(False)
-    return model
-
-
 def num_steps(recipe: Recipe, num_rows: int | None) -> int:
     """Optimizer steps of the run; raises UserError where all of them are warm-up."""
     settings = recipe.train
@@ -236,5 +215,5 @@ def _layer(name: str, layer: torch.nn.Linear) -> Layer:
     shape = (layer.out_features, layer.in_features)
     size = sum(parameter.nbytes for parameter in layer.parameters())
     if isinstance(layer, QuantLinear):
-        return Layer(name, shape, layer.format_name, size)
+        return Layer(name, shape, layer.storage.format, size)
     return Layer(name, shape, str(layer.weight.dtype).removeprefix("torch."), size)

@@ -12,30 +12,26 @@ from typing import Literal
 
 from qtune.errors import UserError, check_at_least
 from qtune.recipe_data import Data
+from qtune.recipe_quant import Calibration, FormatName, MethodName, Quant
 from qtune.recipe_train import Train
 
-FormatName = Literal["nf4", "int8"]
+AdapterName = Literal["lora", "scales", "lora + scales", "qa-lora"]
 ExportName = Literal["adapter", "bf16", "bitsandbytes", "qtune"]
 
-__all__ = ["Data", "Evaluate", "Log", "Lora", "Merge", "Quant", "Recipe", "Train"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Quant:
-    """How the frozen base model is stored."""
-
-    format: FormatName | None = "nf4"
-    """Number format of the frozen linear layers; null keeps them in 16 bits (plain LoRA)."""
-    group_size: int = 64
-    """Weights that share one scale."""
-    skip: tuple[str, ...] = ("lm_head",)
-    """Layers that stay in 16 bits: names, or parts of names."""
-
-    def __post_init__(self) -> None:
-        if self.group_size < 16 or self.group_size & (self.group_size - 1):
-            raise UserError(
-                f"quant.group_size ({self.group_size}) must be a power of two, 16 or more; try 64"
-            )
+__all__ = [
+    "Calibration",
+    "Data",
+    "Evaluate",
+    "FormatName",
+    "Log",
+    "Lora",
+    "Merge",
+    "MethodName",
+    "Quant",
+    "Recipe",
+    "Scales",
+    "Train",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +46,8 @@ class Lora:
     """Dropout on the adapter's input."""
     target_modules: str | tuple[str, ...] = "all-linear"
     """Layers that get an adapter: `all-linear` or the last parts of their names."""
+    init: Literal["zero", "cloq", "loftq", "pissa"] = "zero"
+    """Start: zero (B = 0); cloq, repairs outputs; loftq, weights; pissa, the weights' main part."""
     experts: bool = False
     """Adapters on the experts of a mixture too; such an adapter can only be exported merged."""
     rslora: bool = False
@@ -70,6 +68,22 @@ class Lora:
             raise UserError(f"lora.dropout ({self.dropout}) must be in [0, 1)")
         if self.dora and self.experts:
             raise UserError("lora.dora is not for lora.experts; leave one of them out")
+        if self.dora and self.init != "zero":
+            raise UserError(f"lora.dora is not for lora.init: {self.init}; leave one of them out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scales:
+    """Trained scales of quantized weights (PEQA, arXiv 2305.14152), for `adapter: scales`."""
+
+    lr: float = 2e-5
+    """Peak learning rate, in weights: a step moves a group's largest weight by about as much."""
+    zeros: bool = False
+    """Trains zero points too."""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise UserError(f"scales.lr ({self.lr}) must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +100,8 @@ class Evaluate:
     """Longest answer in tokens."""
     batch_size: int = 64
     """Answers generated at a time."""
+    kv_bits: Literal[8, 4, 2] | None = None
+    """Also measures the trained model with its keys and values kept in so many bits."""
 
     def __post_init__(self) -> None:
         check_at_least(self, "evaluate", 1, "loss_rows", "max_new_tokens")
@@ -131,8 +147,11 @@ class Recipe:
     """Allow Python code that comes with the model to run."""
     data: Data
     quant: Quant = field(default_factory=Quant)
+    adapter: AdapterName = "lora"
+    """What is trained: LoRA, the quantized weights' scales, both, or LoRA on zero points."""
     lora: Lora = field(default_factory=Lora)
     train: Train
+    scales: Scales = field(default_factory=Scales)
     evaluate: Evaluate = field(default_factory=Evaluate)
     merge: Merge = field(default_factory=Merge)
     export: tuple[ExportName, ...] = ("adapter", "bf16")
@@ -146,6 +165,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed ({self.seed}) must be at least 0 and less than 2**32")
+        self._check_adapter()
         if self.data.streaming and self.train.steps is None:
             raise UserError("data.streaming needs train.steps: the end of a stream is not known")
         if self.data.overlong == "split" and self.train.objective != "pretrain":
@@ -154,3 +174,14 @@ class Recipe:
             )
         if self.train.sample_every and self.data.test is None:
             raise UserError("train.sample_every needs data.test: its rows are what is answered")
+
+    def _check_adapter(self) -> None:
+        if self.adapter != "lora" and self.quant.format is None:
+            raise UserError(f"adapter: {self.adapter} trains quantized weights; set quant.format")
+        if self.lora.init != "zero" and self.quant.format is None:
+            raise UserError(
+                f"lora.init: {self.lora.init} makes up for what quantization loses; set "
+                "quant.format, or lora.init: zero"
+            )
+        if self.adapter in ("scales", "qa-lora") and self.lora.init != "zero":
+            raise UserError(f"lora.init: {self.lora.init} is not for adapter: {self.adapter}")

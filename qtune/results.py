@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
-from peft import PeftModel
 from torch import nn
 
 from qtune.bench import Bench, weight_bytes
@@ -18,15 +17,19 @@ from qtune.evaluate import compare
 from qtune.evaluate.compare import Kind, Merge, Row, Table
 from qtune.evaluate.exact_match import matches
 from qtune.evaluate.generate import Answers
+from qtune.evaluate.long_context import cache_effect, long_rows
 from qtune.export import exporter, verify
-from qtune.export.folder import template
+from qtune.export.folder import manifest, template
 from qtune.export.folder.trained import Trained
 from qtune.machine import available_bytes
+from qtune.model import scales_file, start
+from qtune.model.adapt import load_trained
+from qtune.model.folder import read_json
 from qtune.model.load import load_base
 from qtune.model.merge import Onto
 from qtune.progress import say
 from qtune.run_folder import RunFolder
-from qtune.setup import Setup
+from qtune.setup import Setup, stored_base
 
 NUM_SAMPLES = 8
 ORDER = get_args(Kind)
@@ -45,10 +48,7 @@ class Results:
         name = f"adapter on {self._format}"
         self.table = compare.read(self._path) if self._path.exists() else Table(name)
         self._trained = self._load_trained()
-        self._base_bytes = sum(
-            p.nbytes for n, p in self._trained.base.named_parameters() if "lora_" not in n
-        )
-        size = self._base_bytes + weight_bytes(run.adapter)
+        size = frozen_bytes(self._trained.base) + _adapter_bytes(run)
         _, self._tuned = self._add(name, "adapter", self._trained.model, keep=True, size_bytes=size)
 
     def measure_bases(self) -> None:
@@ -56,7 +56,8 @@ class Results:
         if self._recipe.quant.format is not None:
             model = self._trained.model
             with model.disable_adapter():
-                self._add(f"base {self._format}", "quantized", model, size_bytes=self._base_bytes)
+                size = frozen_bytes(self._trained.base)
+                self._add(f"base {self._format}", "quantized", model, size_bytes=size)
         size = weight_bytes(self._setup.base)
         if not self._fits("base 16-bit", size):
             return
@@ -64,6 +65,19 @@ class Results:
         _, before = self._add("base 16-bit", "base", base, size_bytes=size)
         if before is not None and self._tuned is not None:
             self._run.write("samples.json", self._samples(before, self._tuned))
+
+    def measure_cache(self) -> None:
+        """What keys and values in few bits do to the trained model, where the recipe asks."""
+        bits = self._recipe.evaluate.kv_bits
+        if bits is None:
+            return
+        texts = [sample.chosen().ids for sample in self._setup.data.held_out]
+        rows = long_rows(texts, self._trained.base.config)
+        if rows:
+            self.table.kv_cache = cache_effect(self._trained.model, rows, bits)
+            compare.write(self.table, self._path)
+        else:
+            say("evaluate.kv_bits: not measured, all held-out samples together are too short")
 
     def export(self, names: Sequence[str]) -> None:
         """Write exports and add a row for each, as the library it is for loads it."""
@@ -98,9 +112,15 @@ class Results:
             self._put(row, instead=measured[best].name)
 
     def _merge_bases(self) -> list[Onto]:
-        """What the recipe lets the adapter be merged onto; without a format both are the same."""
+        """What the recipe lets the adapter be merged onto.
+
+        Without a format both are the same; trained scales are those of codes, and go onto nothing
+        else.
+        """
         if self._recipe.quant.format is None:
             return ["original"]
+        if self._recipe.adapter != "lora":
+            return ["dequantized"]
         wanted = self._recipe.merge.base
         return ["original", "dequantized"] if wanted == "auto" else [wanted]
 
@@ -117,7 +137,7 @@ class Results:
         if not self._fits(title, weight_bytes(folder) + below):
             return None
         model = verify.reload(name, folder, self._setup.base, self._setup.device)
-        exact = (folder / "adapter").is_dir()
+        exact = read_json(folder / manifest.NAME)["form"] == "pair"
         if exact:
             rows = [sample.ids for sample in self._setup.data.held_out[:NUM_CHECKED]]
             verify.check_logits(model, self._trained.model, rows)
@@ -155,14 +175,17 @@ class Results:
         recipe = self._recipe
         template.check(self._run.adapter, self._setup.tokenizer)
         base = load_base(
-            self._setup.base,
+            stored_base(self._setup, self._run),
             recipe.quant,
             device=self._setup.device,
             trust_remote_code=recipe.trust_remote_code,
         )
-        model = PeftModel.from_pretrained(base, self._run.adapter).eval()
+        model = load_trained(base, self._run.adapter)
         form = recipe.merge.quantized
-        return Trained(recipe, model, self._setup.tokenizer, self._setup.base, form=form)
+        begun = start.read(self._run.start)
+        return Trained(
+            recipe, model, self._setup.tokenizer, self._setup.base, form=form, start=begun
+        )
 
     def _samples(self, before: Answers, after: Answers) -> list[dict[str, Any]]:
         """What samples.json holds: requests with the answers of the untuned and the tuned model."""
@@ -179,6 +202,17 @@ class Results:
             }
             for row, old, new, reference in list(rows)[:NUM_SAMPLES]
         ]
+
+
+def frozen_bytes(base: nn.Module) -> int:
+    """Bytes of a base in memory, without an adapter's; trained scales are its own."""
+    return sum(p.nbytes for name, p in base.named_parameters() if "lora_" not in name)
+
+
+def _adapter_bytes(run: RunFolder) -> int:
+    """Bytes of the files that an adapter is in, beside the base."""
+    scales = run.adapter / scales_file.FILE
+    return weight_bytes(run.adapter) - (scales.stat().st_size if scales.exists() else 0)
 
 
 def prompt_of(sample: Sample) -> list[int]:

@@ -7,6 +7,7 @@ and those after training start from there, so each can be run again alone.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +18,7 @@ from qtune import run_folder, show, show_data
 from qtune.environment import environment
 from qtune.export import exporter
 from qtune.machine import Peak, available_bytes, keeping_freed_memory
+from qtune.model.calibrated import keep_beside
 from qtune.model.forward import check_packing
 from qtune.model.sharded import load_adapted
 from qtune.plan import Plan, make_plan, plan_elsewhere
@@ -27,7 +29,7 @@ from qtune.report import write_report
 from qtune.results import Results
 from qtune.run_folder import RunFolder
 from qtune.sampling import answers_to_test_rows
-from qtune.setup import Setup, open_setup
+from qtune.setup import Setup, open_setup, stored_base
 from qtune.train import log, loop, optim, parallel, recompute, state
 from qtune.train.keeper import check_adapter
 from qtune.train.objective import Objective, load_objective
@@ -57,6 +59,7 @@ def train(recipe: Recipe, *, resume: bool = False, allow: Sequence[str] = ()) ->
     if accelerator.is_main_process and _fits_whole(plan, setup):
         results = Results(run, setup)
         results.measure_bases()
+        results.measure_cache()
         results.export(recipe.export)
         report(run)
         show.results(results.table, run)
@@ -89,7 +92,8 @@ def fit(
     fresh = state.fresh(feed, accelerator.num_processes)
     start = state.resumed(run.checkpoints, fresh, other_data=other_data)
     peak = Peak(setup.device)
-    model = _model(setup, accelerator)
+    base = stored_base(setup, run, builds=accelerator.is_local_main_process)
+    model = _model(base, setup, accelerator)
     check_adapter(run.checkpoints, start, model)
     recompute.use(model, plan.recompute.policy)
     # from here on nothing that is wrong with model or data is left to find
@@ -98,6 +102,7 @@ def fit(
         run.write("plan.json", plan.to_json())
         run.write("data.json", setup.data.summary)
         run.write("environment.json", environment(setup.device))
+        keep_beside(base, run.path / run_folder.CALIBRATION, run.start)
     log.start_trackers(recipe, run.path, accelerator, start.step)
     job = loop.Job(
         recipe=recipe,
@@ -139,11 +144,11 @@ def _plan(run: RunFolder, setup: Setup, accelerator: Accelerator) -> Plan:
     )
 
 
-def _model(setup: Setup, accelerator: Accelerator) -> PeftModel:
-    """The quantized base with a fresh adapter, the same one in every process."""
+def _model(base: Path, setup: Setup, accelerator: Accelerator) -> PeftModel:
+    """The quantized base with an adapter at its start, the same one in every process."""
     recipe = setup.recipe
     set_seed(recipe.seed)
-    model = load_adapted(setup.base, recipe, accelerator)
+    model = load_adapted(base, recipe, accelerator)
     check_packing(model)
     parallel.settle(model)
     return model
@@ -177,6 +182,7 @@ def evaluate(run: RunFolder) -> None:
     run.check_trained()
     results = Results(run, open_setup(run.recipe, parallel.open_accelerator()))
     results.measure_bases()
+    results.measure_cache()
     report(run)
     show.results(results.table, run)
 

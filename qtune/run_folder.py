@@ -14,6 +14,8 @@ from qtune.files import write_text
 from qtune.recipe import Recipe
 from qtune.recipe_changes import changes, check_names, covers
 
+# what the base was calibrated with, and what its layers lose
+CALIBRATION = "calibration.json"
 # bytes that must be free beyond what the run is known to write
 DISK_RESERVE = 1 << 28
 
@@ -29,6 +31,11 @@ class RunFolder:
     def adapter(self) -> Path:
         """The trained adapter, a plain PEFT folder."""
         return self.path / "adapter"
+
+    @property
+    def start(self) -> Path:
+        """What the adapter began with, where that is not zero."""
+        return self.path / "start.safetensors"
 
     @property
     def checkpoints(self) -> Path:

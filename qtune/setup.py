@@ -7,25 +7,32 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
+from qtune.data.calibration import Text, calibration_text
 from qtune.data.prepare import Dataset, prepare
 from qtune.data.template import use_template
 from qtune.errors import UserError
 from qtune.evaluate.exact_match import matches
+from qtune.model.calibrated import calibrated_folder, calibrated_place, is_calibrated
 from qtune.model.load import load_tokenizer, register
 from qtune.model.sources import resolve
 from qtune.progress import say
 from qtune.recipe import Recipe
+from qtune.run_folder import CALIBRATION, RunFolder
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A recipe with what it names opened: the base model's folder, its tokenizer, the samples."""
+    """A recipe with what it names opened: the base model's folder, its tokenizer, the samples.
+
+    `text` is what the base is calibrated with, where it is.
+    """
 
     recipe: Recipe
     base: Path
     tokenizer: PreTrainedTokenizerBase
     data: Dataset
     device: torch.device
+    text: Text | None = None
 
 
 def open_setup(recipe: Recipe, accelerator: Accelerator, *, weights: bool = True) -> Setup:
@@ -43,7 +50,36 @@ def open_setup(recipe: Recipe, accelerator: Accelerator, *, weights: bool = True
     # operation: those give up after minutes
     data = prepare(recipe, tokenizer, builds=accelerator.is_local_main_process)
     _check_references(recipe, data)
-    return Setup(recipe, base, tokenizer, data, accelerator.device)
+    return Setup(recipe, base, tokenizer, data, accelerator.device, _text(recipe, data, tokenizer))
+
+
+def stored_base(setup: Setup, run: RunFolder, *, builds: bool = True) -> Path:
+    """The folder that the run's frozen base is loaded from: the model's own, or a calibrated one.
+
+    That is made where it is not in the cache, by this process or, with `builds` false, another.
+    Raises UserError as `calibrated_folder` does, and where the run began with another text.
+    """
+    text = setup.text
+    if text is None:
+        return setup.base
+    begun_with = (run.read(CALIBRATION) or {}).get("sha256", text.sha256)
+    known = calibrated_place(setup.base, setup.recipe, begun_with)
+    if known.is_dir():
+        return known
+    if begun_with != text.sha256:
+        raise UserError(
+            f"{run.path} was trained on a base that is not in the cache any more, and the text it "
+            f"was calibrated with (quant.calibration.text: {text.source}) has changed since; put "
+            "the data back"
+        )
+    recipe, device = setup.recipe, setup.device
+    return calibrated_folder(setup.base, recipe, lambda: text, device=device, builds=builds)
+
+
+def _text(recipe: Recipe, data: Dataset, tokenizer: PreTrainedTokenizerBase) -> Text | None:
+    if not is_calibrated(recipe):
+        return None
+    return calibration_text(recipe.quant.calibration, data.feed.samples, tokenizer)
 
 
 def _check_processes(recipe: Recipe, accelerator: Accelerator) -> None:

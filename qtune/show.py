@@ -28,7 +28,7 @@ def plan(plan: Plan, setup: Setup) -> None:
     lines = {
         "model": f"{recipe.model}, {plan.num_parameters / 1e6:.0f} M weights in linear layers",
         "layers": ", ".join(f"{count} in {name}" for name, count in _formats(plan).items()),
-        "adapter": f"rank {recipe.lora.rank}, {plan.num_trained / 1e6:.1f} M trained weights",
+        "adapter": f"{_adapter(recipe)}, {plan.num_trained / 1e6:.1f} M trained weights",
         "data": _data(setup),
         "mix": _mix(setup.data.summary["sources"]),
         "objective": objective(recipe.train),
@@ -69,6 +69,16 @@ def objective(settings: Train) -> str:
     # where the recipe gives no strength, the objective has one
     values = ((n, settings.beta if n == "beta" else getattr(settings.preference, n)) for n in own)
     return ", ".join([settings.objective, *(f"{name} {value:g}" for name, value in values)])
+
+
+def _adapter(recipe: Recipe) -> str:
+    """What is trained beside, or in the place of, plain LoRA, and the rank where there is one."""
+    rank = f"rank {recipe.lora.rank}"
+    if recipe.adapter == "lora":
+        return rank
+    lr = f"scales{' and zero points' if recipe.scales.zeros else ''} at {recipe.scales.lr:g}"
+    named = {"scales": lr, "lora + scales": f"{rank}, {lr}", "qa-lora": f"qa-lora of {rank}"}
+    return named[recipe.adapter]
 
 
 def _formats(plan: Plan) -> Counter[str]:

@@ -144,6 +144,8 @@ def test_settings_of_the_recipe_can_be_given(tiny_model):
         ({"dtype": torch.int8}, "take bfloat16, float16 or float32"),
         ({"model": "/nowhere"}, "no such folder or file"),
         ({"lora": qtune.Lora(target_modules=("w_q",))}, "'w_q' matches no layer"),
+        ({"lora": qtune.Lora(init="cloq")}, "cloq measures the model on text; a recipe's run does"),
+        ({"quant": qtune.Quant(method="gptq")}, "gptq measures the model on text"),
     ],
 )
 def test_mistakes_are_named(options, message, tiny_model):

@@ -19,6 +19,7 @@ from qtune.chat import HELP, Partner, chat, open_partner
 from qtune.data.chat import prompt_ids, template_hash
 from qtune.errors import UserError
 from qtune.export.folder.manifest import write_template
+from qtune.model.kv_cache import PackedLayer
 from qtune.model.load import load_base, load_tokenizer, register
 from qtune.quant.linear import QuantLinear
 from qtune.recipe import Data, Quant, Recipe, Train
@@ -283,3 +284,21 @@ def test_talk_uses_the_terminal(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     chat_module.talk(str(folder))
     assert capsys.readouterr().out.endswith(HELP)
+
+
+def test_talk_with_keys_and_values_in_few_bits(folder: Path) -> None:
+    partner = open_partner(str(folder), CPU, report=lambda text: None)
+    partner.kv_bits = 8
+    made: list[object] = []
+    generate = partner.model.generate
+
+    def watched(*arguments: object, **options: object) -> object:
+        made.append(options["past_key_values"])
+        return generate(*arguments, **options)
+
+    partner.model.generate = watched
+    question = [user("Hello")]
+    partner.reply(question, lambda text: None, 20)
+    (cache,) = made
+    assert {type(layer) for layer in cache.layers} == {PackedLayer}
+    assert cache.get_seq_length() > 0

@@ -13,9 +13,9 @@ from qtune.data.mix import Mix
 from qtune.data.sample import Sample
 from qtune.data.store import collected
 from qtune.errors import UserError
-from qtune.fitting import STEP, _fitting_tokens, fit
+from qtune.fitting import STEP, fit, largest_below
 from qtune.model.load import add_adapter, register
-from qtune.plan import meta_model
+from qtune.model.skeleton import meta_model
 from qtune.train import recompute
 from qtune.workload import workload
 
@@ -80,16 +80,16 @@ def test_as_many_tokens_as_fit_are_found_in_a_few_tries(fixed, granularity, free
         tried.append(tokens)
         return fixed + 1000 * (tokens // granularity * granularity)
 
-    found = _fitting_tokens(size_at, 150, 4096, free)
+    found = largest_below(size_at, 150, 4096, free)
     assert found == 150 or found % STEP == 0
     assert size_at(found) <= free < size_at(found // STEP * STEP + STEP)
     assert len(tried) < 16
 
 
 def test_nothing_is_found_where_nothing_fits():
-    assert _fitting_tokens(lambda tokens: 1000 * tokens, 150, 4096, 149_000) is None
+    assert largest_below(lambda tokens: 1000 * tokens, 150, 4096, 149_000) is None
     # where the longest sample is all there is, fewer tokens change nothing
-    assert _fitting_tokens(lambda tokens: 5, 4096, 4096, 4) is None
+    assert largest_below(lambda tokens: 5, 4096, 4096, 4) is None
 
 
 def test_a_named_policy_is_kept_and_another_one_advised(fitted):

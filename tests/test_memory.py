@@ -11,10 +11,11 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 from qtune.data.collate import collate
 from qtune.data.sample import Sample
 from qtune.memory import WHOLE_BLOCKS, training_memory
+from qtune.model.adapt import adapt
 from qtune.model.head import output_head
-from qtune.model.load import add_adapter, load_base, register
+from qtune.model.load import load_base, register
 from qtune.model.sharded import shard
-from qtune.plan import meta_model
+from qtune.model.skeleton import meta_model
 from qtune.quant.linear import QuantLinear
 from qtune.train import recompute
 from qtune.train.objective import load_objective
@@ -30,6 +31,9 @@ VARIANTS = {
     "dropout": {"lora": {"dropout": 0.1}},
     "dora": {"lora": {"dora": True}},
     "head": {"lora": {"modules_to_save": ("lm_head",)}},
+    "scales": {"quant": {"format": "int4"}, "adapter": "scales", "scales": {"zeros": True}},
+    "scales and lora": {"quant": {"format": "int2"}, "adapter": "lora + scales"},
+    "qa-lora": {"quant": {"format": "int3", "group_size": 32}, "adapter": "qa-lora"},
 }
 
 
@@ -39,11 +43,11 @@ def registered():
 
 
 def on_meta(recipe):
-    return add_adapter(meta_model(AutoConfig.from_pretrained(recipe.model), recipe), recipe.lora)
+    return adapt(meta_model(AutoConfig.from_pretrained(recipe.model), recipe), recipe)
 
 
 def loaded(recipe):
-    return add_adapter(load_base(Path(recipe.model), recipe.quant, device=CPU), recipe.lora).train()
+    return adapt(load_base(Path(recipe.model), recipe.quant, device=CPU), recipe).train()
 
 
 def training_samples(*lengths, rejected=False, label=None):

@@ -44,6 +44,7 @@ def test_defaults_are_not_shared() -> None:
         (Lora, {"rank": 0}, "lora.rank (0) must be at least 1"),
         (Lora, {"dropout": 1.0}, "lora.dropout (1.0) must be in [0, 1)"),
         (Lora, {"dropout": -0.1}, "lora.dropout (-0.1) must be in [0, 1)"),
+        (Lora, {"dora": True, "init": "cloq"}, "lora.dora is not for lora.init: cloq"),
     ],
 )
 def test_senseless_values(section: type, given: dict[str, Any], message: str) -> None:
@@ -79,6 +80,10 @@ def test_values_at_the_limits(section: type, given: dict[str, Any]) -> None:
         ),
         ({"data": Data(train="t", overlong="split")}, "data.overlong: split is for train.object"),
         ({"train": Train(steps=1, sample_every=1)}, "train.sample_every needs data.test"),
+        (
+            {"quant": Quant(format=None), "lora": Lora(init="loftq")},
+            "lora.init: loftq makes up for what quantization loses; set quant.format",
+        ),
     ],
 )
 def test_sections_that_do_not_go_together(changes: dict[str, Any], message: str) -> None:

@@ -178,7 +178,8 @@ def test_section_that_is_no_mapping(value: Any) -> None:
         (
             {"quant": {"zzz": 64}},
             ("quant", "zzz"),
-            "unknown key 'zzz' in 'quant'; known are format, group_size, skip",
+            "unknown key 'zzz' in 'quant'; known are format, group_size, skip, layers, method, "
+            "rotate, activations, outliers, calibration",
         ),
         ({"lr": 1}, ("lr",), "unknown key 'lr'; it belongs in 'train'"),
         ({"modle": 1}, ("modle",), "unknown key 'modle'; did you mean 'model'?"),
@@ -205,7 +206,7 @@ def test_senseless_fields_are_told_in_the_recipes_words() -> None:
     assert mistakes(quant={"group_size": 48}) == [
         Mistake(
             ("quant",),
-            "quant.group_size (48) must be a power of two, 16 or more; try 64",
+            "quant.group_size (48) must be a power of two, 16 or more, or row or tensor; try 64",
             "fields",
         )
     ]

@@ -139,7 +139,9 @@ export: [adapter, onnx]
         "r.yaml:7:10: expected a whole number, got the text '10'; remove the quotes",
         "r.yaml:8:3: unknown key 'gradient_checkpointing' in 'train'; did you mean 'recompute'?",
         "r.yaml:9:14: expected 'auto', 'none', 'cheap' or 'all', got the text 'everything'",
-        "r.yaml:10:17: expected 'nf4' or 'int8', got the text 'nf5'; did you mean 'nf4'?",
+        "r.yaml:10:17: expected 'nf4', 'fp4', 'int8', 'int4', 'int3', 'int2', 'int4_sym', "
+        "'int3_sym', 'int2_sym', 'lm4', 'lm3', 'lm2', 'ternary' or 'e8p', got the text 'nf5'; "
+        "did you mean 'nf4'?",
         "r.yaml:11:6: expected a mapping, got nothing (null); give it a value or, for the "
         "default, remove the key",
         "r.yaml:12:6: expected text, got the number 3; put it in quotes",

@@ -107,3 +107,19 @@ def test_rows_of_earlier_exports_stay(trained):
     compare.write(Table(table.trained, [*table.rows, old], table.merge), path)
     run.evaluate(trained)
     assert names(trained)[-1] == "export adapter"
+
+
+def test_keys_and_values_in_few_bits_are_measured_where_the_recipe_asks(tiny_recipe):
+    recipe = tiny_recipe(export=(), evaluate={"kv_bits": 2})
+    run.train(recipe)
+    effect = compare.read(recipe.run / "eval.json").kv_cache
+    assert effect.bits == 2 and effect.tokens > 0 and effect.kl > 0
+    assert effect.cache_bytes < effect.cache_bytes_16bit
+
+
+def test_too_little_text_for_that_is_said(tiny_recipe, monkeypatch, capsys):
+    monkeypatch.setattr("qtune.results.long_rows", lambda texts, config: [])
+    recipe = tiny_recipe(export=(), evaluate={"kv_bits": 8})
+    run.train(recipe)
+    assert compare.read(recipe.run / "eval.json").kv_cache is None
+    assert "kv_bits: not measured" in capsys.readouterr().out

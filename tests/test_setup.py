@@ -9,7 +9,10 @@ from accelerate import Accelerator
 
 from qtune import setup
 from qtune.errors import UserError
-from qtune.setup import open_setup
+from qtune.model.calibrated import calibrated_place
+from qtune.recipe import Calibration
+from qtune.run_folder import RunFolder
+from qtune.setup import open_setup, stored_base
 
 
 def write(path, *pairs):
@@ -32,6 +35,21 @@ def test_a_recipe_is_opened(tiny_recipe, tiny_model):
     assert len(opened.data.feed.samples) == 12 and len(opened.data.test) == 2
     assert len(opened.data.held_out) == 4
     assert opened.tokenizer.pad_token == "<|endoftext|>"
+
+
+def test_text_is_there_where_the_base_is_calibrated(tiny_recipe, tiny_model):
+    assert open_setup(tiny_recipe(), Accelerator()).text is None
+    recipe = tiny_recipe(quant={"method": "gptq", "calibration": Calibration(tokens=300)})
+    opened = open_setup(recipe, Accelerator())
+    assert opened.text.num_tokens == 300 and opened.text.source == "train"
+    # nothing is calibrated by opening
+    assert not calibrated_place(tiny_model, recipe, opened.text.sha256).exists()
+
+
+def test_base_of_a_plain_run_is_the_model(tiny_recipe, tiny_model):
+    recipe = tiny_recipe()
+    opened = open_setup(recipe, Accelerator())
+    assert stored_base(opened, RunFolder(recipe.run, recipe)) == tiny_model
 
 
 def test_every_process_needs_a_sample(tiny_recipe):

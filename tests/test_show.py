@@ -53,6 +53,21 @@ def test_the_plan_in_words(tiny_recipe, shown):
     assert lines["time"] == "about 1 min of training" and lines["exports"] == "adapter, qtune"
 
 
+@pytest.mark.parametrize(
+    ("adapter", "words"),
+    [
+        ("lora", "rank 4, "),
+        ("scales", "scales and zero points at 2e-05, "),
+        ("lora + scales", "rank 4, scales and zero points at 2e-05, "),
+        ("qa-lora", "qa-lora of rank 4, "),
+    ],
+)
+def test_what_is_trained_is_told(tiny_recipe, shown, adapter, words):
+    quant, scales = {"format": "int4", "group_size": 32}, {"zeros": True}
+    recipe = tiny_recipe(adapter=adapter, quant=quant, scales=scales, export=("qtune",))
+    assert shown(recipe)["adapter"].startswith(words)
+
+
 def test_options_that_are_set_are_told(tiny_recipe, shown):
     train = {"schedule": "linear", "warmup_steps": 2, "weight_decay": 0.1, "ema_decay": 0.99}
     data = {

@@ -13,6 +13,12 @@ that is named, and its Triton kernels in `*_triton.py` beside it:
     linear             linear, linear_dx             y = x W^T [..., O], dx = dy W [..., I]
     lora               lora_linear                   y with an adapter [..., O], and x A^T [T, R]
                        lora_linear_backward          dx [..., I], dA [R, I], dB [O, R]
+    scaled_linear      scaled_linear                 y with trained scales and zero points [..., O]
+    scale_gradient     scale_gradient                sums of dW, and of dW times levels [O I / G]
+    hadamard           hadamard                      x R or x R^T [..., I]
+    e8p                e8p_dequantize                W [O, I] of words for eight weights
+                       e8p_linear, e8p_linear_dx     y [..., O], dx [..., I]
+    clip_errors        clip_errors                   squared errors of groups [shares, O I / G]
     quantize_rows      quantize_rows                 x [T, I] in 8 bits, a scale a row, outliers
     linear_int8        linear_int8                   y [..., O] of such x
     norm               rms_norm, rms_norm_dx         y, dx [..., I]

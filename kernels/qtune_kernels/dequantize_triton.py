@@ -1,13 +1,16 @@
 """The CUDA kernels of `dequantize`: one launch, codes and scale codes in, rounded weights out.
 
 Levels come from `tl.gather` on a float32 table, which the compiler keeps in shared memory: exact,
-and 8 to 10 instructions a weight where a chain of selects among 16 takes 22. Products and
-sums stay apart (`enable_fp_fusion=False`), so that the bits are those of the plain PyTorch
-version.
+and 8 to 10 instructions a weight where a chain of selects among 16 takes 22. Levels that are one
+apart need no table, only a conversion. Products and sums stay apart (`enable_fp_fusion=False`), so
+that the bits are those of the plain PyTorch version.
+
+How scales and zero points are stored, kernels see by the types of their pointers.
 """
 
 from collections.abc import Sequence
 from functools import cache
+from math import gcd
 
 import torch
 import triton
@@ -34,10 +37,14 @@ def dequantize_into(
     """
     bits = code_bits(levels)
     num_segments = STRIP_SEGMENTS[bits] if levels else 1
-    unit = min(group_size, SEGMENT)
+    unit = gcd(group_size, SEGMENT)
     kernel = _dequantize_levels_kernel if levels else _dequantize_8bit_kernel
-    table = (levels_table(tuple(levels), packed.device),) if levels else ()
-    layout = {"BITS": bits, "SEGMENTS": num_segments} if levels else {}
+    table: tuple[Tensor, ...] = ()
+    layout: dict[str, float | None] = {}
+    if levels:
+        table = (levels_table(tuple(levels), packed.device),)
+        first = first_of_counted(tuple(levels))
+        layout = {"BITS": bits, "SEGMENTS": num_segments, "FIRST": first}
     if not out.is_contiguous():
         gap = out.stride(0) - out.shape[1]
         layout |= {"units_a_row": out.shape[1] // unit, "gaps": gap // ALIGNMENT}
@@ -64,7 +71,7 @@ def reaches(out: Tensor, group_size: int) -> bool:
     Apart, they must be whole units of weights that are written together, and stay aligned: gaps are
     counted in multiples of that, so that the compiler knows.
     """
-    whole_units = out.shape[1] % min(group_size, SEGMENT) == 0
+    whole_units = out.shape[1] % gcd(group_size, SEGMENT) == 0
     aligned = out.stride(1) == 1 and out.stride(0) % ALIGNMENT == out.shape[1] % ALIGNMENT == 0
     return out.is_contiguous() or (whole_units and aligned)
 
@@ -75,22 +82,66 @@ def levels_table(levels: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(levels, dtype=torch.float32, device=device)
 
 
+@cache
+def first_of_counted(levels: tuple[float, ...]) -> float | None:
+    """The level of code 0, if each of the others is one more than that before it; else None."""
+    counted = all(level == levels[0] + code for code, level in enumerate(levels))
+    return levels[0] if counted else None
+
+
+@triton.jit
+def load_offset(codes_ptr, offset_ptr):
+    """The number that scales which are codes have in common; of others, 0."""
+    return 0.0 if codes_ptr.dtype.element_ty.is_floating() else tl.load(offset_ptr)
+
+
+@triton.jit
+def _load_where(at, live):
+    """What lies there; where not `live` (None: all are), nothing is read."""
+    return tl.load(at) if live is None else tl.load(at, mask=live, other=0)
+
+
 @triton.jit
 def group_scale(codes_ptr, scales_ptr, offset, map_ptr, group, live):
     """Float32 scales of quantization groups; where not `live` (None: all are), nothing is read."""
-    if live is None:
-        code = tl.load(codes_ptr + group)
-        spread = tl.load(scales_ptr + group // _SCALE_GROUP)
+    code = _load_where(codes_ptr + group, live)
+    if codes_ptr.dtype.element_ty.is_floating():
+        scale = code.to(tl.float32)
     else:
-        code = tl.load(codes_ptr + group, mask=live, other=0)
-        spread = tl.load(scales_ptr + group // _SCALE_GROUP, mask=live, other=0.0)
-    return tl.load(map_ptr + code.to(tl.int32)) * spread + offset
+        spread = _load_where(scales_ptr + group // _SCALE_GROUP, live)
+        if codes_ptr.dtype.element_ty == tl.int8:
+            level = code.to(tl.float32)
+        else:
+            level = tl.load(map_ptr + code.to(tl.int32))
+        scale = level * spread + offset
+    return scale
+
+
+@triton.jit
+def group_zero(zeros_ptr, group, live, BITS: tl.constexpr):
+    """Float32 zero points of quantization groups; where not `live`, nothing is read."""
+    if zeros_ptr.dtype.element_ty.is_floating():
+        zero = _load_where(zeros_ptr + group, live).to(tl.float32)
+    else:
+        # as in `scales.ZERO_BITS`
+        FIELD: tl.constexpr = 2 if BITS == 2 else 4
+        FIELDS: tl.constexpr = 8 // FIELD
+        byte = _load_where(zeros_ptr + group // FIELDS, live).to(tl.int32)
+        shift = (group % FIELDS).to(tl.int32) * FIELD
+        zero = (byte >> shift & (1 << FIELD) - 1).to(tl.float32)
+    return zero
 
 
 @triton.jit
 def _gaps_before(weight, units_a_row, gaps, UNIT: tl.constexpr):
     """How much further on units lie, given their first weights, for the gaps behind rows."""
     return ((weight // UNIT).to(tl.int32) // units_a_row).to(tl.int64) * gaps * _ALIGNMENT
+
+
+@triton.jit
+def _spread(of_units, UNITS: tl.constexpr, UNIT: tl.constexpr):
+    """What each of the bytes of units has of its unit."""
+    return tl.reshape(tl.broadcast_to(of_units[:, None], [UNITS, UNIT]), [UNITS * UNIT])
 
 
 @triton.jit
@@ -117,6 +168,7 @@ def _dequantize_levels_kernel(
     scale_codes_ptr,
     scale_scales_ptr,
     scale_offset_ptr,
+    zeros_ptr,
     scale_map_ptr,
     levels_ptr,
     weights_ptr,
@@ -126,6 +178,7 @@ def _dequantize_levels_kernel(
     GROUP: tl.constexpr,
     UNIT: tl.constexpr,
     UNITS: tl.constexpr,
+    FIRST: tl.constexpr,
     units_a_row=None,
     gaps=0,
 ):
@@ -141,31 +194,37 @@ def _dequantize_levels_kernel(
     first_at = byte + byte // _SEGMENT * GAP
     unit = tl.arange(0, UNITS) * UNIT
     first_unit_at = unit + unit // _SEGMENT * GAP
-    offset = tl.load(scale_offset_ptr)
-    levels = tl.load(levels_ptr + tl.arange(0, 1 << BITS))
+    offset = load_offset(scale_codes_ptr, scale_offset_ptr)
+    if FIRST is None:
+        levels = tl.load(levels_ptr + tl.arange(0, 1 << BITS))
     packed_ptr += program * (SEGMENTS * BYTES * BITS // 8)
     packed = _load_bytes(packed_ptr, byte, first_at < num_left, BITS)
     for segment in tl.static_range(SEGMENTS):
         unit_at = first_unit_at + segment * _SEGMENT
+        group = (first + unit_at) // GROUP
+        live_unit = unit_at < num_left
         scale = group_scale(
-            scale_codes_ptr,
-            scale_scales_ptr,
-            offset,
-            scale_map_ptr,
-            (first + unit_at) // GROUP,
-            unit_at < num_left,
+            scale_codes_ptr, scale_scales_ptr, offset, scale_map_ptr, group, live_unit
         )
-        scale = tl.reshape(tl.broadcast_to(scale[:, None], [UNITS, UNIT]), [BYTES])
         code = packed >> FIELD * segment & (1 << FIELD) - 1
         if BITS == 3:
             code |= packed >> 6 + segment & 4
-        weight = tl.gather(levels, code.to(tl.int32), 0) * scale
+        if FIRST is None:
+            weight = tl.gather(levels, code.to(tl.int32), 0)
+        else:
+            weight = code.to(tl.float32)
+            if FIRST != 0.0:
+                weight += FIRST
+        if zeros_ptr is not None:
+            zero = group_zero(zeros_ptr, group, live_unit, BITS)
+            weight -= _spread(zero, UNITS, UNIT)
+        weight *= _spread(scale, UNITS, UNIT)
         at = first_at + segment * _SEGMENT
         weight = weight.to(weights_ptr.dtype.element_ty)
         live = at < num_left
         if units_a_row is not None:
             ahead = _gaps_before(first + unit_at, units_a_row, gaps, UNIT)
-            at += tl.reshape(tl.broadcast_to(ahead[:, None], [UNITS, UNIT]), [BYTES])
+            at += _spread(ahead, UNITS, UNIT)
             # Triton 3.6 does not see this through the reshape, and would store one by one
             at = tl.max_contiguous(tl.multiple_of(at, _ALIGNMENT), _ALIGNMENT)
         tl.store(weights_ptr + first + at, weight, mask=live)
@@ -177,6 +236,7 @@ def _dequantize_8bit_kernel(
     scale_codes_ptr,
     scale_scales_ptr,
     scale_offset_ptr,
+    zeros_ptr,
     scale_map_ptr,
     weights_ptr,
     num_weights,
@@ -189,20 +249,16 @@ def _dequantize_8bit_kernel(
     first = tl.program_id(0).to(tl.int64) * (UNIT * UNITS)
     num_left = tl.minimum(num_weights - first, UNIT * UNITS).to(tl.int32)
     unit_at = tl.arange(0, UNITS) * UNIT
-    scale = group_scale(
-        scale_codes_ptr,
-        scale_scales_ptr,
-        tl.load(scale_offset_ptr),
-        scale_map_ptr,
-        (first + unit_at) // GROUP,
-        unit_at < num_left,
-    )
-    step = tl.div_rn(scale, 127.0)
+    group = (first + unit_at) // GROUP
+    live_unit = unit_at < num_left
+    offset = load_offset(scale_codes_ptr, scale_offset_ptr)
+    scale = group_scale(scale_codes_ptr, scale_scales_ptr, offset, scale_map_ptr, group, live_unit)
     at = unit_at[:, None] + tl.arange(0, UNIT)[None, :]
     live = at < num_left
-    code = tl.load(packed_ptr + first + at, mask=live, other=0)
-    weight = (code.to(tl.float32) - 128.0) * step[:, None]
-    weight = weight.to(weights_ptr.dtype.element_ty)
+    weight = tl.load(packed_ptr + first + at, mask=live, other=0).to(tl.float32) - 128.0
+    if zeros_ptr is not None:
+        weight -= group_zero(zeros_ptr, group, live_unit, 8)[:, None]
+    weight = (weight * scale[:, None]).to(weights_ptr.dtype.element_ty)
     if units_a_row is not None:
         at += _gaps_before(first + unit_at, units_a_row, gaps, UNIT)[:, None]
     tl.store(weights_ptr + first + at, weight, mask=live)

@@ -14,7 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
-from qtune_kernels.dequantize import Codes, dequantize, dequantize_into, stored_weights
+from qtune_kernels.dequantize import (
+    Codes,
+    dequantize,
+    dequantize_into,
+    stored_weights,
+)
 from qtune_kernels.linear_tiles import backward_tile, forward_tile
 from qtune_kernels.packing import code_bits
 from qtune_kernels.scales import Scales
@@ -28,13 +33,14 @@ def linear(
     scale_codes: Tensor,
     scale_scales: Tensor,
     scale_offset: Tensor,
+    zeros: Tensor | None,
     levels: Sequence[float],
     group_size: int,
     out_features: int,
     bias: Tensor | None,
 ) -> Tensor:
     """y = x W^T + bias, [..., O] in the dtype of x [..., I]; for W's arguments see `dequantize`."""
-    scales = Scales(scale_codes, scale_scales, scale_offset)
+    scales = Scales(scale_codes, scale_scales, scale_offset, zeros)
     shape = (out_features, x.shape[-1])
     weight = temporary_weight(packed, scales, levels, group_size, shape, x.dtype)
     return dense_linear(x, weight, bias)
@@ -47,6 +53,7 @@ def _(
     scale_codes: Tensor,
     scale_scales: Tensor,
     scale_offset: Tensor,
+    zeros: Tensor | None,
     levels: Sequence[float],
     group_size: int,
     out_features: int,
@@ -62,6 +69,7 @@ def _(
     scale_codes: Tensor,
     scale_scales: Tensor,
     scale_offset: Tensor,
+    zeros: Tensor | None,
     levels: Sequence[float],
     group_size: int,
     out_features: int,
@@ -69,7 +77,8 @@ def _(
 ) -> Tensor:
     from qtune_kernels.cpu.product import multiplies, product
 
-    scales, shape = Scales(scale_codes, scale_scales, scale_offset), (out_features, x.shape[-1])
+    scales = Scales(scale_codes, scale_scales, scale_offset, zeros)
+    shape = (out_features, x.shape[-1])
     codes = Codes(packed, scales, levels, group_size, shape)
     if multiplies(x, codes):
         rows = product(x.reshape(-1, shape[1]), codes, outputs_first=True, bias=bias)
@@ -85,12 +94,13 @@ def _(
     scale_codes: Tensor,
     scale_scales: Tensor,
     scale_offset: Tensor,
+    zeros: Tensor | None,
     levels: Sequence[float],
     group_size: int,
     out_features: int,
     bias: Tensor | None,
 ) -> Tensor:
-    scales = Scales(scale_codes, scale_scales, scale_offset)
+    scales = Scales(scale_codes, scale_scales, scale_offset, zeros)
     shape = (out_features, x.shape[-1])
     bits = code_bits(levels)
     tile = forward_tile(x.numel() // shape[1], shape, x.dtype, group_size, bits, x.device)
@@ -109,12 +119,13 @@ def linear_dx(
     scale_codes: Tensor,
     scale_scales: Tensor,
     scale_offset: Tensor,
+    zeros: Tensor | None,
     levels: Sequence[float],
     group_size: int,
     in_features: int,
 ) -> Tensor:
     """dx = dy W, [..., I] in the dtype of dy [..., O]."""
-    scales = Scales(scale_codes, scale_scales, scale_offset)
+    scales = Scales(scale_codes, scale_scales, scale_offset, zeros)
     shape = (dy.shape[-1], in_features)
     return dy @ temporary_weight(packed, scales, levels, group_size, shape, dy.dtype)
 
@@ -126,6 +137,7 @@ def _(
     scale_codes: Tensor,
     scale_scales: Tensor,
     scale_offset: Tensor,
+    zeros: Tensor | None,
     levels: Sequence[float],
     group_size: int,
     in_features: int,
@@ -140,13 +152,15 @@ def _(
     scale_codes: Tensor,
     scale_scales: Tensor,
     scale_offset: Tensor,
+    zeros: Tensor | None,
     levels: Sequence[float],
     group_size: int,
     in_features: int,
 ) -> Tensor:
     from qtune_kernels.cpu.product import multiplies, product
 
-    scales, shape = Scales(scale_codes, scale_scales, scale_offset), (dy.shape[-1], in_features)
+    scales = Scales(scale_codes, scale_scales, scale_offset, zeros)
+    shape = (dy.shape[-1], in_features)
     codes = Codes(packed, scales, levels, group_size, shape)
     if multiplies(dy, codes):
         rows = product(dy.reshape(-1, shape[0]), codes, outputs_first=False)
@@ -161,11 +175,12 @@ def _(
     scale_codes: Tensor,
     scale_scales: Tensor,
     scale_offset: Tensor,
+    zeros: Tensor | None,
     levels: Sequence[float],
     group_size: int,
     in_features: int,
 ) -> Tensor:
-    scales = Scales(scale_codes, scale_scales, scale_offset)
+    scales = Scales(scale_codes, scale_scales, scale_offset, zeros)
     shape = (dy.shape[-1], in_features)
     bits = code_bits(levels)
     tile = backward_tile(dy.numel() // shape[0], shape, dy.dtype, group_size, bits, dy.device)
@@ -204,9 +219,9 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx = db = None
     if ctx.needs_input_grad[0]:
         dx = linear_dx(dy, *ctx.saved_tensors, ctx.levels, ctx.group_size, ctx.in_features)
-    if ctx.has_bias and ctx.needs_input_grad[8]:
+    if ctx.has_bias and ctx.needs_input_grad[9]:
         db = dy.reshape(-1, dy.shape[-1]).sum(0)
-    return dx, None, None, None, None, None, None, None, db
+    return dx, *[None] * 8, db
 
 
 linear.register_autograd(_backward, setup_context=_save)

@@ -33,6 +33,7 @@ def linear_int8(
     scale_codes: Tensor,
     scale_scales: Tensor,
     scale_offset: Tensor,
+    zeros: Tensor | None,
     group_size: int,
     out_features: int,
     bias: Tensor | None,
@@ -44,9 +45,9 @@ def linear_int8(
     taken in 8 bits.
     """
     rows = x.reshape(-1, x.shape[-1])
-    scales = Scales(scale_codes, scale_scales, scale_offset)
-    whole_rows = group_size % x.shape[-1] == 0
-    multiply = _multiply_integers if whole_rows else _multiply_decoded
+    scales = Scales(scale_codes, scale_scales, scale_offset, zeros)
+    integers = group_size % x.shape[-1] == 0 and zeros is None
+    multiply = _multiply_integers if integers else _multiply_decoded
     y = multiply(rows, threshold, packed, scales, group_size, out_features)
     return _finish(y, bias, x)
 
@@ -58,6 +59,7 @@ def _(
     scale_codes: Tensor,
     scale_scales: Tensor,
     scale_offset: Tensor,
+    zeros: Tensor | None,
     group_size: int,
     out_features: int,
     bias: Tensor | None,
@@ -73,14 +75,15 @@ def _(
     scale_codes: Tensor,
     scale_scales: Tensor,
     scale_offset: Tensor,
+    zeros: Tensor | None,
     group_size: int,
     out_features: int,
     bias: Tensor | None,
     threshold: float = THRESHOLD,
 ) -> Tensor:
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    scales = Scales(scale_codes, scale_scales, scale_offset)
-    if not _has_kernel(rows, group_size):
+    scales = Scales(scale_codes, scale_scales, scale_offset, zeros)
+    if zeros is not None or not _has_kernel(rows, group_size):
         y = _multiply_decoded(rows, threshold, packed, scales, group_size, out_features)
         return _finish(y, bias, x)
     from qtune_kernels import linear_int8_triton
@@ -133,7 +136,7 @@ def _multiply_integers(
     if columns.numel():
         y.addmm_(rows[:, columns].float(), signed[:, columns].T.float())
     feature_scales = dequantize_scales(scales).repeat_interleave(group_size // rows.shape[1])
-    return y.mul_(feature_scales[:out_features] / 127)
+    return y.mul_(feature_scales[:out_features])
 
 
 def _finish(y: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
@@ -154,9 +157,9 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx = db = None
     if ctx.needs_input_grad[0]:
         dx = linear_dx(dy, *ctx.saved_tensors, [], ctx.group_size, ctx.in_features)
-    if ctx.has_bias and ctx.needs_input_grad[7]:
+    if ctx.has_bias and ctx.needs_input_grad[8]:
         db = dy.reshape(-1, dy.shape[-1]).sum(0)
-    return dx, None, None, None, None, None, None, db, None
+    return dx, *[None] * 7, db, None
 
 
 linear_int8.register_autograd(_backward, setup_context=_save)

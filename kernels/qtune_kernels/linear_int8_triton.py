@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qtune_kernels.dequantize_triton import group_scale
+from qtune_kernels.dequantize_triton import group_scale, load_offset
 from qtune_kernels.linear_int8 import STEP
 from qtune_kernels.quantize_rows import QuantizedRows
 from qtune_kernels.scales import Scales, dynamic_map
@@ -72,7 +72,7 @@ def linear(
 ) -> Tensor:
     """y = x W^T + bias, [T, O] in the dtype of the rows of x [T, I], bf16 or fp16, contiguous.
 
-    I and the group size are multiples of 64.
+    I and the group size are multiples of 64; there are no zero points.
     """
     num_rows, width = rows.shape
     whole_rows = group_size % width == 0
@@ -91,7 +91,7 @@ def linear(
             columns,
             num_outliers,
             packed,
-            *scales,
+            *scales[:3],
             dynamic_map(rows.device),
             bias,
             y,
@@ -186,7 +186,7 @@ def _add_outliers(
                 scale_codes_ptr, scale_scales_ptr, offset, scale_map_ptr, group, None
             )
             code = tl.load(packed_ptr + weight_at).to(tl.float32) - 128.0
-            weight = (code * (scale * (1.0 / 127.0))).to(x.dtype)
+            weight = (code * scale).to(x.dtype)
             sums = tl.dot(weight, x, sums)
     return sums
 
@@ -225,7 +225,7 @@ def _linear_int8_kernel(
     row_at = held_row.to(tl.int64)[None, :] * num_columns
     column = tl.arange(0, STEP)
     num_steps = num_columns // STEP
-    offset = tl.load(scale_offset_ptr)
+    offset = load_offset(scale_codes_ptr, scale_offset_ptr)
     sums = _integer_sums(
         codes_ptr + row_at + column[:, None],
         packed_ptr + feature_at + column[None, :],
@@ -241,7 +241,7 @@ def _linear_int8_kernel(
         BLOCK_M,
         BLOCK_O,
     )
-    sums *= (tl.load(row_scales_ptr + held_row) * (1.0 / (127.0 * 127.0)))[None, :]
+    sums *= (tl.load(row_scales_ptr + held_row) * (1.0 / 127.0))[None, :]
     sums = _add_outliers(
         sums,
         x_ptr,

@@ -11,22 +11,21 @@ tests cannot rely on.
 """
 
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from qtune_kernels.dequantize_triton import load_offset
 from qtune_kernels.linear_tiles import Tile, num_parts
-from qtune_kernels.lookup import decoder
 from qtune_kernels.lora_triton import Adapter, adapter_arguments, narrow_product
 from qtune_kernels.packing import SEGMENT, STRIP_SEGMENTS, TILE_SEGMENTS, code_bits
+from qtune_kernels.partial_sums_triton import add_parts, partial_sums, store_sums
 from qtune_kernels.scales import Scales, dynamic_map
-from qtune_kernels.weight_tiles_triton import strip_scales, strip_weights
+from qtune_kernels.weight_tiles_triton import decoding, strip_scales, strip_weights
 
 _SEGMENT = tl.constexpr(SEGMENT)
-_SUM_BLOCK = 1024
 
 
 def linear(
@@ -51,7 +50,7 @@ def linear(
     parts = num_parts(num_tiles, num_steps, rows.device)
     y = rows.new_empty(rows.shape[0], out_features)
     with torch.cuda.device_of(rows):
-        sums = _partial_sums(y, parts)
+        sums = partial_sums(y, parts)
         (_few_rows_kernel if tile.few_rows else _many_rows_kernel)[(num_tiles, parts)](
             rows,
             packed,
@@ -62,7 +61,7 @@ def linear(
             *y.shape,
             num_steps,
             triton.cdiv(num_steps, parts),
-            **_decoding(tuple(levels), rows.dtype),
+            **decoding(tuple(levels), rows.dtype, scales.zeros is not None),
             GROUP=group_size,
             BLOCK_M=tile.rows,
             BLOCK_O=tile.features,
@@ -71,7 +70,7 @@ def linear(
             num_stages=tile.stages,
             enable_fp_fusion=True,
         )
-        _add_parts(sums, bias, y)
+        add_parts(sums, bias, y)
     return y.view(*x.shape[:-1], out_features)
 
 
@@ -97,7 +96,7 @@ def linear_dx(
     parts = num_parts(num_tiles, num_steps, rows.device)
     dx = rows.new_empty(rows.shape[0], in_features)
     with torch.cuda.device_of(rows):
-        sums = _partial_sums(dx, parts)
+        sums = partial_sums(dx, parts)
         _dx_kernel[(num_tiles, parts)](
             rows,
             packed,
@@ -107,7 +106,7 @@ def linear_dx(
             *rows.shape,
             in_features // (TILE_SEGMENTS[bits] * SEGMENT),
             triton.cdiv(num_steps, parts),
-            **_decoding(tuple(levels), rows.dtype),
+            **decoding(tuple(levels), rows.dtype, scales.zeros is not None),
             GROUP=group_size,
             BLOCK_M=tile.rows,
             BLOCK_O=tile.features,
@@ -116,44 +115,8 @@ def linear_dx(
             num_stages=tile.stages,
             enable_fp_fusion=True,
         )
-        _add_parts(sums, None, dx)
+        add_parts(sums, None, dx)
     return dx.view(*dy.shape[:-1], in_features)
-
-
-@cache
-def _decoding(levels: tuple[float, ...], dtype: torch.dtype) -> dict[str, str | float]:
-    """What the kernels must know about the codes, by the names of their arguments."""
-    bits = code_bits(levels)
-    text, unit = decoder(levels, dtype)
-    segments = STRIP_SEGMENTS[bits]
-    strips = TILE_SEGMENTS[bits] // segments
-    return {"LOOKUP": text, "UNIT": unit, "BITS": bits, "SEGMENTS": segments, "STRIPS": strips}
-
-
-def _partial_sums(out: Tensor, parts: int) -> Tensor:
-    """Where the kernel writes: float32 [parts, *out.shape], or `out` itself for one part."""
-    return out if parts == 1 else out.new_empty(parts, *out.shape, dtype=torch.float32)
-
-
-def _add_parts(sums: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """Write the sum over parts, plus the bias, into `out`, unless the kernel has done so."""
-    if sums is not out:
-        grid = (triton.cdiv(out.numel(), _SUM_BLOCK),)
-        _add_parts_kernel[grid](
-            sums, bias, out, out.numel(), out.shape[1], PARTS=sums.shape[0], BLOCK=_SUM_BLOCK
-        )
-
-
-@triton.jit
-def _store_sums(sums_ptr, bias_ptr, sums, row, feature, num_rows, num_features):
-    """Store a [rows, features] tile of this part's sums, with the bias where there is one."""
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + feature, mask=feature < num_features, other=0.0)
-        sums += bias.to(tl.float32)
-    part_at = tl.program_id(1).to(tl.int64) * num_rows * num_features
-    at = row.to(tl.int64) * num_features + feature
-    live = (row < num_rows) & (feature < num_features)
-    tl.store(sums_ptr + part_at + at, sums.to(sums_ptr.dtype.element_ty), mask=live)
 
 
 @triton.jit
@@ -163,6 +126,7 @@ def _few_rows_kernel(
     scale_codes_ptr,
     scale_scales_ptr,
     scale_offset_ptr,
+    zeros_ptr,
     scale_map_ptr,
     bias_ptr,
     sums_ptr,
@@ -182,6 +146,7 @@ def _few_rows_kernel(
     scaling=1.0,
     RANK: tl.constexpr = 0,
     UNIT: tl.constexpr = 1.0,
+    BASE: tl.constexpr = 0.0,
 ):
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     COLUMNS: tl.constexpr = STRIPS * SEGMENTS * _SEGMENT
@@ -195,33 +160,46 @@ def _few_rows_kernel(
     held_row = tl.minimum(row, num_rows - 1)
     x_at = x_ptr + first * COLUMNS + held_row[None, :] * (row_tiles * COLUMNS) + column[:, None]
     first_tile = held_feature * row_tiles
-    offset = tl.load(scale_offset_ptr)
+    offset = load_offset(scale_codes_ptr, scale_offset_ptr)
     sums = narrow_product(
         matrix_ptr, held_feature, narrow_ptr, held_row, 1, RANK, scaling, RANK, DTYPE
     )
     for step in range(first, last):
         tile = first_tile + step
         for strip in tl.static_range(STRIPS):
+            number = tile * STRIPS + strip
             scales = strip_scales(
                 scale_codes_ptr,
                 scale_scales_ptr,
                 offset,
                 scale_map_ptr,
-                tile * STRIPS + strip,
+                number,
                 None,
                 SEGMENTS,
                 GROUP,
                 UNIT,
             )
             weights = strip_weights(
-                packed_ptr, tile, strip, column, None, LOOKUP, BITS, SEGMENTS, DTYPE
+                packed_ptr,
+                zeros_ptr,
+                tile,
+                strip,
+                column,
+                None,
+                LOOKUP,
+                BITS,
+                SEGMENTS,
+                GROUP,
+                UNIT,
+                BASE,
+                DTYPE,
             )
             for segment in tl.static_range(SEGMENTS):
                 x = tl.load(x_at + (strip * SEGMENTS + segment) * _SEGMENT)
                 sums += tl.dot(weights[segment], x) * scales[segment][:, None]
         x_at += COLUMNS
     sums = tl.trans(sums)
-    _store_sums(sums_ptr, bias_ptr, sums, row[:, None], feature[None, :], num_rows, num_features)
+    store_sums(sums_ptr, bias_ptr, sums, row[:, None], feature[None, :], num_rows, num_features)
 
 
 @triton.jit
@@ -231,6 +209,7 @@ def _many_rows_kernel(
     scale_codes_ptr,
     scale_scales_ptr,
     scale_offset_ptr,
+    zeros_ptr,
     scale_map_ptr,
     bias_ptr,
     sums_ptr,
@@ -250,6 +229,7 @@ def _many_rows_kernel(
     scaling=1.0,
     RANK: tl.constexpr = 0,
     UNIT: tl.constexpr = 1.0,
+    BASE: tl.constexpr = 0.0,
 ):
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     COLUMNS: tl.constexpr = STRIPS * SEGMENTS * _SEGMENT
@@ -265,17 +245,18 @@ def _many_rows_kernel(
     held_row = tl.minimum(row, num_rows - 1)
     x_at = x_ptr + first * COLUMNS + held_row[:, None] * (row_tiles * COLUMNS) + column[None, :]
     first_tile = held_feature * row_tiles
-    offset = tl.load(scale_offset_ptr)
+    offset = load_offset(scale_codes_ptr, scale_offset_ptr)
     sums = narrow_product(
         narrow_ptr, held_row, matrix_ptr, held_feature, 1, RANK, scaling, RANK, DTYPE
     )
     for step in range(first * STRIPS, last * STRIPS):
+        number = first_tile * STRIPS + step
         scales = strip_scales(
             scale_codes_ptr,
             scale_scales_ptr,
             offset,
             scale_map_ptr,
-            first_tile * STRIPS + step,
+            number,
             None,
             SEGMENTS,
             GROUP,
@@ -283,13 +264,25 @@ def _many_rows_kernel(
         )
         tile, strip = first_tile + step // STRIPS, step % STRIPS
         weights = strip_weights(
-            packed_ptr, tile, strip, column, None, LOOKUP, BITS, SEGMENTS, DTYPE
+            packed_ptr,
+            zeros_ptr,
+            tile,
+            strip,
+            column,
+            None,
+            LOOKUP,
+            BITS,
+            SEGMENTS,
+            GROUP,
+            UNIT,
+            BASE,
+            DTYPE,
         )
         for segment in tl.static_range(SEGMENTS):
             weight = weights[segment] * scales[segment].to(DTYPE)[:, None]
             sums = tl.dot(tl.load(x_at + segment * _SEGMENT), tl.trans(weight), sums)
         x_at += SEGMENTS * _SEGMENT
-    _store_sums(sums_ptr, bias_ptr, sums, row[:, None], feature[None, :], num_rows, num_features)
+    store_sums(sums_ptr, bias_ptr, sums, row[:, None], feature[None, :], num_rows, num_features)
 
 
 @triton.jit
@@ -299,6 +292,7 @@ def _dx_kernel(
     scale_codes_ptr,
     scale_scales_ptr,
     scale_offset_ptr,
+    zeros_ptr,
     scale_map_ptr,
     sums_ptr,
     num_rows,
@@ -317,6 +311,7 @@ def _dx_kernel(
     scaling=1.0,
     RANK: tl.constexpr = 0,
     UNIT: tl.constexpr = 1.0,
+    BASE: tl.constexpr = 0.0,
 ):
     DTYPE: tl.constexpr = dy_ptr.dtype.element_ty
     num_blocks = (num_rows + BLOCK_M - 1) // BLOCK_M
@@ -329,7 +324,7 @@ def _dx_kernel(
     feature = first + tl.arange(0, BLOCK_O)
     held_row = tl.minimum(row, num_rows - 1)
     dy_at = dy_ptr + held_row[:, None] * num_features + feature[None, :]
-    offset = tl.load(scale_offset_ptr)
+    offset = load_offset(scale_codes_ptr, scale_offset_ptr)
     sums = ()
     width = row_tiles * (STRIPS * SEGMENTS * _SEGMENT)
     for segment in tl.static_range(SEGMENTS):
@@ -341,12 +336,13 @@ def _dx_kernel(
     for _ in range(first, last, BLOCK_O):
         live = feature < num_features
         tile = feature * row_tiles + column_strip // STRIPS
+        number = feature * (row_tiles * STRIPS) + column_strip
         scales = strip_scales(
             scale_codes_ptr,
             scale_scales_ptr,
             offset,
             scale_map_ptr,
-            feature * (row_tiles * STRIPS) + column_strip,
+            number,
             live,
             SEGMENTS,
             GROUP,
@@ -354,13 +350,17 @@ def _dx_kernel(
         )
         weights = strip_weights(
             packed_ptr,
+            zeros_ptr,
             tile,
             column_strip % STRIPS,
             column,
-            live[:, None],
+            live,
             LOOKUP,
             BITS,
             SEGMENTS,
+            GROUP,
+            UNIT,
+            BASE,
             DTYPE,
         )
         # the gradient is zero where a feature does not exist, so the weight there may be anything
@@ -374,18 +374,4 @@ def _dx_kernel(
         dy_at += BLOCK_O
     for segment in tl.static_range(SEGMENTS):
         own = (column_strip * SEGMENTS + segment) * _SEGMENT + column[None, :]
-        _store_sums(sums_ptr, None, sums[segment], row[:, None], own, num_rows, width)
-
-
-@triton.jit
-def _add_parts_kernel(
-    sums_ptr, bias_ptr, out_ptr, num_outputs, num_features, PARTS: tl.constexpr, BLOCK: tl.constexpr
-):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    live = at < num_outputs
-    total = tl.full((BLOCK,), 0.0, tl.float32)
-    for part in tl.static_range(PARTS):
-        total += tl.load(sums_ptr + part * num_outputs + at, mask=live, other=0.0)
-    if bias_ptr is not None:
-        total += tl.load(bias_ptr + at % num_features, mask=live, other=0.0).to(tl.float32)
-    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=live)
+        store_sums(sums_ptr, None, sums[segment], row[:, None], own, num_rows, width)

@@ -13,9 +13,17 @@ join low and high bytes. Any levels will do; each is rounded once to the 16-bit 
 | 3    | 16     | 14                 | 16    |
 | 2    | 16     | 5                  | 16    |
 
-Four-bit levels that are whole multiples of a step need no table: a code that is put into the
-mantissa of a number with the right exponent is an integer, from which another is subtracted. Eight
-codes cost 4 `prmt` and 7 others; nothing is rounded, and the step goes into the scale.
+Levels that are whole multiples of a step need no table: a code that is put into the mantissa of a
+number with the right exponent is that number plus so many 16ths, from which another is subtracted.
+Eight codes of 4 bits cost 4 `prmt` and 7 others so; nothing is rounded, and the step goes into the
+scale. With fewer bits that is no cheaper than the table, unless there are zero points: these are
+subtracted anyway, and the number along with them (`Decoder.base`).
+
+| bits | `prmt` | other instructions | codes |
+| ---- | ------ | ------------------ | ----- |
+| 4    | 4      | 3                  | 8     |
+| 3    | 8      | 15                 | 16    |
+| 2    | 8      | 7                  | 16    |
 """
 
 from collections.abc import Sequence
@@ -27,30 +35,35 @@ from qtune_kernels.packing import STRIP_SEGMENTS, code_bits
 
 # segments whose codes are the even and the odd digits of a word, for each word of digits
 WORDS = {4: ((0, 1),), 3: ((0, 2), (1, 3)), 2: ((0, 2), (1, 3))}
-# the high byte of 2^e and the number 2^e whose last bit is worth one
-ONES = {torch.bfloat16: (0x43, 128), torch.float16: (0x64, 1024)}
+# the number whose last bit in 16 bits is a 16th, and its high byte; the low one is 0
+STARTS = {torch.bfloat16: (8.0, 0x41), torch.float16: (64.0, 0x54)}
 REGISTERS = """.reg .b32 digits0, digits1, choice0, choice1, small, large, low0, low1, high0, high1;
 .reg .b32 plane, even, odd;"""
 
 
 class Decoder(NamedTuple):
-    """How a strip's bytes become weights: PTX, and what its results are still to be multiplied by.
+    """How a strip's bytes become numbers, and what levels they stand for: (n - base) * unit.
 
-    The text is empty for 8-bit codes, which need none.
+    The PTX text is empty for 8-bit codes, which need none.
     """
 
     ptx: str
     unit: float
+    base: float = 0.0
+    """Not 0 only with zero points, which are subtracted in the same step."""
 
 
-def decoder(levels: Sequence[float], dtype: torch.dtype) -> Decoder:
-    """The cheapest text for these levels; `dtype` is bfloat16 or float16."""
+def decoder(levels: Sequence[float], dtype: torch.dtype, zeros: bool = False) -> Decoder:
+    """The cheapest text for these levels, with zero points or not; `dtype` bfloat16 or float16."""
     if not levels:
         # kernels make 128ths of 8-bit codes
-        return Decoder("", 128 / 127)
+        return Decoder("", 128.0)
     step, zero_code = even_step(levels)
-    if len(levels) == 16 and step:
-        return Decoder(even_ptx(zero_code, dtype), 8 * step)
+    if step and zeros:
+        base = STARTS[dtype][0] + zero_code / 16
+        return Decoder(counted_ptx(code_bits(levels), dtype), 16 * step, base)
+    if step and len(levels) == 16:
+        return Decoder(even_ptx(zero_code, dtype), 16 * step)
     return Decoder(lookup_ptx(levels, dtype), 1.0)
 
 
@@ -66,33 +79,59 @@ def even_step(levels: Sequence[float]) -> tuple[float, int]:
 
 
 def even_ptx(zero_code: int, dtype: torch.dtype) -> str:
-    """PTX that turns four bytes of 4-bit codes into eighths, (code - `zero_code`) / 8.
+    """PTX that turns four bytes of 4-bit codes into 16ths, (code - `zero_code`) / 16.
 
-    Registers as in `lookup_ptx`. Eighths rather than integers keep the scales, which are multiplied
-    by the rest, clear of the subnormal numbers of float16.
+    Registers as in `lookup_ptx`. Sixteenths rather than integers keep the scales, which are
+    multiplied by the rest, clear of the subnormal numbers of float16.
     """
-    high_byte, number = ONES[dtype]
     kind = "bf16x2" if dtype == torch.bfloat16 else "f16x2"
-    both = [
-        int(torch.tensor(value, dtype=dtype).view(torch.int16)) & 0xFFFF
-        for value in (1 / 8, -(number + zero_code) / 8)
-    ]
-    eighth, offset = (f"0x{value << 16 | value:08x}" for value in both)
+    one, offset = (_both_halves(n, dtype) for n in (1.0, -STARTS[dtype][0] - zero_code / 16))
     lines = [
-        ".reg .b32 low, high, eighth, offset;",
-        "and.b32 low, $4, 0x0f0f0f0f;",
-        "shr.u32 high, $4, 4;",
-        "and.b32 high, high, 0x0f0f0f0f;",
-        f"mov.b32 eighth, {eighth};",
+        ".reg .b32 code, one, offset;",
+        *_counted(4, dtype),
+        f"mov.b32 one, {one};",
         f"mov.b32 offset, {offset};",
     ]
-    for register, source in enumerate(("low", "low", "high", "high")):
-        selector = 0x4140 if register % 2 == 0 else 0x4342
-        lines += [
-            f"prmt.b32 ${register}, {source}, 0x{high_byte:02x}, 0x{selector:04x};",
-            f"fma.rn.{kind} ${register}, ${register}, eighth, offset;",
-        ]
+    lines += [f"fma.rn.{kind} ${register}, ${register}, one, offset;" for register in range(4)]
     return "{\n" + "\n".join(lines) + "\n}"
+
+
+def counted_ptx(bits: int, dtype: torch.dtype) -> str:
+    """PTX that turns storage bytes into STARTS + code / 16; registers as in `lookup_ptx`."""
+    lines = [".reg .b32 code, plane, high;", *_counted(bits, dtype)]
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+def _counted(bits: int, dtype: torch.dtype) -> list[str]:
+    high_byte = STARTS[dtype][1]
+    stored = 2 * STRIP_SEGMENTS[bits]
+    lines = [f"shr.u32 plane, ${stored + 1}, ${stored + 2};"] if bits == 3 else []
+    for segment in range(STRIP_SEGMENTS[bits]):
+        lines += _codes_of(segment, bits, f"${stored}")
+        for half, selector in enumerate((0x4140, 0x4342)):
+            target = 2 * segment + half
+            lines.append(f"prmt.b32 ${target}, code, 0x{high_byte:02x}, 0x{selector:04x};")
+    return lines
+
+
+def _codes_of(segment: int, bits: int, stored: str) -> list[str]:
+    """The codes of one segment alone, in the bytes of `code`."""
+    field = 8 // STRIP_SEGMENTS[bits]
+    mask = ((1 << field) - 1) * 0x01010101
+    lines = [f"shr.u32 code, {stored}, {field * segment};"] if segment else []
+    lines.append(f"and.b32 code, {'code' if segment else stored}, 0x{mask:08x};")
+    if bits == 3:
+        # high bits to where they are worth 4
+        moves = {0: "shl.b32 high, plane, 2;", 1: "shl.b32 high, plane, 1;"}
+        moves |= {2: "mov.b32 high, plane;", 3: "shr.u32 high, plane, 1;"}
+        lines += [moves[segment], "lop3.b32 code, high, 0x04040404, code, 0xea;"]
+    return lines
+
+
+def _both_halves(number: float, dtype: torch.dtype) -> str:
+    """Twice that number, in 16 bits, as a hexadecimal word."""
+    half = int(torch.tensor(number, dtype=dtype).view(torch.int16)) & 0xFFFF
+    return f"0x{half << 16 | half:08x}"
 
 
 def lookup_ptx(levels: Sequence[float], dtype: torch.dtype) -> str:

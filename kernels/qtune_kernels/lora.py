@@ -24,6 +24,7 @@ def lora_linear(
     scale_codes: Tensor,
     scale_scales: Tensor,
     scale_offset: Tensor,
+    zeros: Tensor | None,
     levels: Sequence[float],
     group_size: int,
     out_features: int,
@@ -37,7 +38,7 @@ def lora_linear(
     Differentiable in x, bias, a [R, I] and b [O, R], which may be wider than x: they are rounded to
     its dtype for the products. For W's arguments see `dequantize`.
     """
-    weight = packed, scale_codes, scale_scales, scale_offset, levels, group_size
+    weight = packed, scale_codes, scale_scales, scale_offset, zeros, levels, group_size
     y: Tensor = lora_linear_forward(x, *weight, out_features, bias, a, b, scaling)[0]
     return y
 
@@ -57,6 +58,7 @@ def lora_linear_forward(
     scale_codes: Tensor,
     scale_scales: Tensor,
     scale_offset: Tensor,
+    zeros: Tensor | None,
     levels: Sequence[float],
     group_size: int,
     out_features: int,
@@ -66,7 +68,7 @@ def lora_linear_forward(
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
     """What `lora_linear` returns, and u = x A^T, [T, R] in the dtype of x, for the backward."""
-    scales = Scales(scale_codes, scale_scales, scale_offset)
+    scales = Scales(scale_codes, scale_scales, scale_offset, zeros)
     weight = Weight(packed, scales, levels, group_size, (out_features, x.shape[-1]))
     y, u = products.forward(_rows(x), weight.dense(x.dtype), bias, a, b, scaling)
     return y.view(*x.shape[:-1], out_features), u
@@ -79,6 +81,7 @@ def _(
     scale_codes: Tensor,
     scale_scales: Tensor,
     scale_offset: Tensor,
+    zeros: Tensor | None,
     levels: Sequence[float],
     group_size: int,
     out_features: int,
@@ -98,6 +101,7 @@ def _(
     scale_codes: Tensor,
     scale_scales: Tensor,
     scale_offset: Tensor,
+    zeros: Tensor | None,
     levels: Sequence[float],
     group_size: int,
     out_features: int,
@@ -108,7 +112,7 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     from qtune_kernels.cpu import lora as native
 
-    scales = Scales(scale_codes, scale_scales, scale_offset)
+    scales = Scales(scale_codes, scale_scales, scale_offset, zeros)
     weight = Weight(packed, scales, levels, group_size, (out_features, x.shape[-1]))
     if native.takes(x, weight, len(a)):
         y, u = native.forward(_rows(x), weight, bias, a, b, scaling)
@@ -124,6 +128,7 @@ def _(
     scale_codes: Tensor,
     scale_scales: Tensor,
     scale_offset: Tensor,
+    zeros: Tensor | None,
     levels: Sequence[float],
     group_size: int,
     out_features: int,
@@ -132,7 +137,7 @@ def _(
     b: Tensor,
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
-    scales = Scales(scale_codes, scale_scales, scale_offset)
+    scales = Scales(scale_codes, scale_scales, scale_offset, zeros)
     weight = Weight(packed, scales, levels, group_size, (out_features, x.shape[-1]))
     y, u = lora_cuda.forward(_rows(x), weight, bias, a, b, scaling)
     return y.view(*x.shape[:-1], out_features), u
@@ -147,6 +152,7 @@ def lora_linear_backward(
     scale_codes: Tensor,
     scale_scales: Tensor,
     scale_offset: Tensor,
+    zeros: Tensor | None,
     levels: Sequence[float],
     group_size: int,
     a: Tensor,
@@ -158,7 +164,7 @@ def lora_linear_backward(
 
     Without `needs_dx`, dx is empty, [0], and the frozen weight is not touched.
     """
-    scales = Scales(scale_codes, scale_scales, scale_offset)
+    scales = Scales(scale_codes, scale_scales, scale_offset, zeros)
     weight = Weight(packed, scales, levels, group_size, (dy.shape[-1], x.shape[-1]))
     v, da, db = products.adapter_gradients(_rows(dy), _rows(x), u, a, b, scaling)
     if not needs_dx:
@@ -176,6 +182,7 @@ def _(
     scale_codes: Tensor,
     scale_scales: Tensor,
     scale_offset: Tensor,
+    zeros: Tensor | None,
     levels: Sequence[float],
     group_size: int,
     a: Tensor,
@@ -196,6 +203,7 @@ def _(
     scale_codes: Tensor,
     scale_scales: Tensor,
     scale_offset: Tensor,
+    zeros: Tensor | None,
     levels: Sequence[float],
     group_size: int,
     a: Tensor,
@@ -205,7 +213,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from qtune_kernels.cpu import lora as native
 
-    scales = Scales(scale_codes, scale_scales, scale_offset)
+    scales = Scales(scale_codes, scale_scales, scale_offset, zeros)
     weight = Weight(packed, scales, levels, group_size, (dy.shape[-1], x.shape[-1]))
     if native.takes(dy, weight, len(a)):
         dx, da, db = native.backward(_rows(dy), _rows(x), u, weight, a, b, scaling, needs_dx)
@@ -227,6 +235,7 @@ def _(
     scale_codes: Tensor,
     scale_scales: Tensor,
     scale_offset: Tensor,
+    zeros: Tensor | None,
     levels: Sequence[float],
     group_size: int,
     a: Tensor,
@@ -234,7 +243,7 @@ def _(
     scaling: float,
     needs_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    scales = Scales(scale_codes, scale_scales, scale_offset)
+    scales = Scales(scale_codes, scale_scales, scale_offset, zeros)
     weight = Weight(packed, scales, levels, group_size, (dy.shape[-1], x.shape[-1]))
     v, da, db = products.adapter_gradients(_rows(dy), _rows(x), u, a, b, scaling)
     if not needs_dx:
@@ -257,14 +266,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 12
+        return (None,) * 13
     x, u, a, b, *weight = ctx.saved_tensors
     needs_dx = ctx.needs_input_grad[0]
     dx, da, db = lora_linear_backward(
         dy, x, u, *weight, ctx.levels, ctx.group_size, a, b, ctx.scaling, needs_dx
     )
-    dbias = _rows(dy).sum(0) if ctx.needs_input_grad[8] else None
-    return dx if needs_dx else None, *[None] * 7, dbias, da, db, None
+    dbias = _rows(dy).sum(0) if ctx.needs_input_grad[9] else None
+    return dx if needs_dx else None, *[None] * 8, dbias, da, db, None
 
 
 lora_linear_forward.register_autograd(_backward, setup_context=_save)

@@ -1,25 +1,26 @@
 """Weights -> scales of groups, and codes: the nearest level to each weight over its scale.
 
-Groups run over the flat matrix. The roundings are those of bitsandbytes (QLoRA, arXiv 2305.14314),
-so NF4 and FP4 codes are the same there and here: a weight is multiplied by the reciprocal of its
-scale, and a ratio halfway between two levels takes the lower one. Eight-bit codes are the nearest
-integers to 127 times the ratio, by a division, since there codes are chosen for stored scales, for
-which the reciprocal's rounding would show.
+Groups, of any size, run over the flat matrix. The roundings are those of bitsandbytes (QLoRA, arXiv
+2305.14314), so NF4 and FP4 codes are the same there and here: a weight is multiplied by the
+reciprocal of its scale, and a ratio halfway between two levels takes the lower one. Eight-bit codes
+are the nearest integers to the ratio, by a division, since there codes are chosen for stored
+scales, for which the reciprocal's rounding would show. Where there are zero points, they are added
+to the ratio.
 
-There are two ops because scales are stored in 8 bits in between, and some formats choose codes for
-what is stored. Both read the weight in slices and need little memory besides their result. On the
-CPU the search among levels is a look-up (nearest.py). The kernels for CUDA are in
-quantize_triton.py.
+There are two ops because scales are stored in fewer bits in between, and some formats choose codes
+for what is stored. Both read the weight in slices and need little memory besides their result. In
+plain PyTorch the search among levels is a look-up (nearest.py). The kernels are in cpu/encode.py
+and quantize_triton.py; all give the same bytes.
 """
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from math import gcd
 
 import torch
 from torch import Tensor
 
 from qtune_kernels.nearest import SMALLEST_SCALE, cells_of
-from qtune_kernels.packing import code_bits, pack, packed_bytes, run_weights
+from qtune_kernels.packing import SEGMENT, code_bits, pack, packed_bytes
 from qtune_kernels.scratch import scratch, scratch_like
 
 # weights done at a time on the CPU: their float32 ratios, 1 MB, stay in the second-level cache
@@ -30,9 +31,15 @@ SLICE = 1 << 18
 def absmax(weight: Tensor, group_size: int) -> Tensor:
     """The largest magnitude of each group, float32 [groups], of a weight of any float dtype."""
     flat = weight.reshape(-1)
+    if group_size > SLICE:
+        return torch.stack([_largest(group) for group in flat.split(group_size)])
     largest = flat.new_empty(num_groups(flat.numel(), group_size), dtype=torch.float32)
-    for part, groups in _slices(flat, group_size, group_size):
-        largest[groups] = _by_groups(part, group_size).abs_().amax(1)
+    # a slice is made of whole groups
+    step = SLICE // group_size * group_size
+    for start in range(0, flat.numel(), step):
+        groups = _by_groups(flat[start : start + step], group_size)
+        first = start // group_size
+        largest[first : first + len(groups)] = groups.abs_().amax(1)
     return largest
 
 
@@ -49,37 +56,60 @@ def _(weight: Tensor, group_size: int) -> Tensor:
 
 
 @torch.library.custom_op("qtune::encode", mutates_args=())
-def encode(weight: Tensor, scales: Tensor, levels: Sequence[float], group_size: int) -> Tensor:
-    """Storage bytes (`packing.pack`) of a weight of any float dtype, scales float32 [groups].
+def encode(
+    weight: Tensor, scales: Tensor, zeros: Tensor | None, levels: Sequence[float], group_size: int
+) -> Tensor:
+    """Storage bytes (`packing.pack`) of a weight of any float dtype.
 
-    `levels` as in `dequantize`, in any order and at most two of a kind. On the CPU, raises
-    ValueError for a scale that is not finite, which is that of a group with such weights.
+    `scales` and `zeros` are float32 [groups], `levels` as in `dequantize`, in any order and at most
+    two of a kind. On the CPU, raises ValueError for a scale that is not finite, which is that of a
+    group with such weights.
     """
-    flat, bits = weight.reshape(-1), code_bits(levels)
-    packed = flat.new_empty(packed_bytes(flat.numel(), bits), dtype=torch.uint8)
     if not scales.isfinite().all():
         raise ValueError("a scale is not finite: the weight holds infinities or NaN")
-    first = 0
-    for part, groups in _slices(flat, group_size, run_weights(bits)):
-        weights, own = _by_groups(part, group_size), scales[groups].unsqueeze(1)
-        codes = _nearest(weights, own, tuple(levels))
-        stored = pack(codes.view(-1)[: part.numel()], bits)
-        packed[first : first + stored.numel()] = stored
-        first += stored.numel()
-    return packed
+    if weight.is_cpu:
+        from qtune_kernels.cpu import encode as native
+
+        if native.encodes(weight, group_size):
+            return native.encode(weight, scales, zeros, tuple(levels), group_size)
+    return plain_encode(weight, scales, zeros, levels, group_size)
 
 
 @encode.register_fake
-def _(weight: Tensor, scales: Tensor, levels: Sequence[float], group_size: int) -> Tensor:
+def _(
+    weight: Tensor, scales: Tensor, zeros: Tensor | None, levels: Sequence[float], group_size: int
+) -> Tensor:
     size = packed_bytes(weight.numel(), code_bits(levels))
     return weight.new_empty(size, dtype=torch.uint8)
 
 
 @encode.register_kernel("cuda")
-def _(weight: Tensor, scales: Tensor, levels: Sequence[float], group_size: int) -> Tensor:
+def _(
+    weight: Tensor, scales: Tensor, zeros: Tensor | None, levels: Sequence[float], group_size: int
+) -> Tensor:
     from qtune_kernels import quantize_triton
 
-    return quantize_triton.encode(weight, scales, levels, group_size)
+    return quantize_triton.encode(weight, scales, zeros, levels, group_size)
+
+
+def plain_encode(
+    weight: Tensor, scales: Tensor, zeros: Tensor | None, levels: Sequence[float], group_size: int
+) -> Tensor:
+    """What `encode` returns, by plain PyTorch."""
+    flat, bits = weight.reshape(-1), code_bits(levels)
+    packed = flat.new_empty(packed_bytes(flat.numel(), bits), dtype=torch.uint8)
+    unit, first = gcd(group_size, SEGMENT), 0
+    # a slice is made of whole runs and segments
+    for start in range(0, flat.numel(), SLICE):
+        part = flat[start : start + SLICE]
+        units = _by_groups(part, unit)
+        own = _groups_of_units(start, len(units), unit, group_size, flat.device)
+        shifts = None if zeros is None else zeros[own].unsqueeze(1)
+        codes = _nearest(units, scales[own].unsqueeze(1), shifts, tuple(levels))
+        stored = pack(codes.view(-1)[: part.numel()], bits)
+        packed[first : first + stored.numel()] = stored
+        first += stored.numel()
+    return packed
 
 
 def num_groups(num_weights: int, group_size: int) -> int:
@@ -87,14 +117,17 @@ def num_groups(num_weights: int, group_size: int) -> int:
     return -(-num_weights // group_size)
 
 
-def _slices(flat: Tensor, group_size: int, run: int) -> Iterator[tuple[Tensor, slice]]:
-    """Parts of a weight that begin with a group and a run, and the numbers of their groups."""
-    whole = math.lcm(group_size, run)
-    step = -(-SLICE // whole) * whole
-    for start in range(0, flat.numel(), step):
-        part = flat[start : start + step]
-        first = start // group_size
-        yield part, slice(first, first + num_groups(part.numel(), group_size))
+def _largest(group: Tensor) -> Tensor:
+    """The largest magnitude in a group of any size, float32, without a copy of all of it."""
+    return torch.stack([part.abs().amax() for part in group.split(SLICE)]).amax().float()
+
+
+def _groups_of_units(
+    start: int, num_units: int, unit: int, group_size: int, device: torch.device
+) -> Tensor:
+    """The numbers of the groups in which units lie, the first one at weight `start`."""
+    first = start // unit
+    return torch.arange(first, first + num_units, device=device) // (group_size // unit)
 
 
 def _by_groups(part: Tensor, group_size: int) -> Tensor:
@@ -109,13 +142,25 @@ def _by_groups(part: Tensor, group_size: int) -> Tensor:
     return groups.view(-1, group_size)
 
 
-def _nearest(groups: Tensor, scales: Tensor, levels: tuple[float, ...]) -> Tensor:
-    """Codes, uint8 [S, G], of float32 groups [S, G], which are overwritten, and scales [S, 1]."""
-    if not levels:
+def _nearest(
+    groups: Tensor, scales: Tensor, zeros: Tensor | None, levels: tuple[float, ...]
+) -> Tensor:
+    """Codes, uint8 [S, G], of float32 groups [S, G], which are overwritten; the others [S, 1]."""
+    if levels:
+        ratios = groups.mul_(1 / scales.where(scales.abs() > SMALLEST_SCALE, SMALLEST_SCALE))
+    else:
         ratios = groups.div_(scales.where(scales != 0, 1))
-        return ratios.mul_(127).round_().clamp_(-127, 127).add_(128).to(torch.uint8)
-    ratios = groups.mul_(1 / scales.where(scales.abs() > SMALLEST_SCALE, SMALLEST_SCALE))
-    cells = cells_of(levels, groups.device)
+    if zeros is not None:
+        ratios.add_(zeros)
+    return _nearest_level(ratios, levels) if levels else _nearest_byte(ratios)
+
+
+def _nearest_byte(ratios: Tensor) -> Tensor:
+    return ratios.round_().clamp_(-127, 127).add_(128).to(torch.uint8)
+
+
+def _nearest_level(ratios: Tensor, levels: tuple[float, ...]) -> Tensor:
+    cells = cells_of(levels, ratios.device)
     ratios = ratios.clamp_(min(levels), max(levels)).view(-1)
     cell = scratch_like(ratios, "cell", torch.int32)
     bound = scratch_like(ratios, "bound", torch.float32)

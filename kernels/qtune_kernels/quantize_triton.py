@@ -7,6 +7,7 @@ instructions or less for each. Quotients are rounded as IEEE demands and nothing
 
 from collections.abc import Sequence
 from functools import cache
+from math import gcd
 
 import torch
 import triton
@@ -25,10 +26,11 @@ PROGRAM_WEIGHTS = 8192
 
 
 def absmax(weight: Tensor, group_size: int) -> Tensor:
-    """The largest magnitude of each group, float32 [groups]; group_size a power of two."""
+    """The largest magnitude of each group, float32 [groups]."""
     flat = weight.reshape(-1)
     largest = flat.new_empty(triton.cdiv(flat.numel(), group_size), dtype=torch.float32)
-    block = min(group_size, PROGRAM_WEIGHTS)
+    # a power of two, of which groups are made
+    block = gcd(group_size, PROGRAM_WEIGHTS)
     groups = PROGRAM_WEIGHTS // block
     with torch.cuda.device_of(flat):
         _absmax_kernel[(triton.cdiv(largest.numel(), groups),)](
@@ -44,11 +46,13 @@ def absmax(weight: Tensor, group_size: int) -> Tensor:
     return largest
 
 
-def encode(weight: Tensor, scales: Tensor, levels: Sequence[float], group_size: int) -> Tensor:
-    """Storage bytes, uint8, of a weight and its scales, float32; group_size a power of two."""
+def encode(
+    weight: Tensor, scales: Tensor, zeros: Tensor | None, levels: Sequence[float], group_size: int
+) -> Tensor:
+    """Storage bytes, uint8, of a weight, its scales and its zero points, float32."""
     flat, bits = weight.reshape(-1), code_bits(levels)
     packed = flat.new_empty(packed_bytes(flat.numel(), bits), dtype=torch.uint8)
-    unit = min(group_size, SEGMENT)
+    unit = gcd(group_size, SEGMENT)
     tables = search_tables(tuple(levels), flat.device) if levels else ()
     with torch.cuda.device_of(flat):
         (_encode_levels_kernel if levels else _encode_8bit_kernel)[
@@ -56,6 +60,7 @@ def encode(weight: Tensor, scales: Tensor, levels: Sequence[float], group_size: 
         ](
             flat,
             scales,
+            zeros,
             *tables,
             packed,
             flat.numel(),
@@ -109,6 +114,7 @@ def _absmax_kernel(
 def _encode_levels_kernel(
     weight_ptr,
     scales_ptr,
+    zeros_ptr,
     bounds_ptr,
     steps_ptr,
     packed_ptr,
@@ -143,6 +149,9 @@ def _encode_levels_kernel(
         scale = tl.where(tl.abs(scale) > _SMALLEST_SCALE, scale, _SMALLEST_SCALE)
         weight = tl.load(weight_ptr + first + at, mask=live, other=0.0).to(tl.float32)
         ratio = weight * tl.div_rn(1.0, scale)[:, None]
+        if zeros_ptr is not None:
+            zero = tl.load(zeros_ptr + group, mask=unit_at < num_left, other=0.0)
+            ratio += zero[:, None]
         code = tl.full((UNITS, UNIT), 0, tl.int32) + tl.load(steps_ptr)
         for level in tl.static_range(1, 1 << BITS):
             above = ratio > tl.load(bounds_ptr + level - 1)
@@ -166,6 +175,7 @@ def _encode_levels_kernel(
 def _encode_8bit_kernel(
     weight_ptr,
     scales_ptr,
+    zeros_ptr,
     packed_ptr,
     num_weights,
     GROUP: tl.constexpr,
@@ -180,7 +190,10 @@ def _encode_8bit_kernel(
     scale = tl.load(scales_ptr + group, mask=unit_at < num_left, other=1.0)
     scale = tl.where(scale != 0.0, scale, 1.0)
     weight = tl.load(weight_ptr + first + at, mask=at < num_left, other=0.0).to(tl.float32)
-    ratio = tl.div_rn(weight, tl.broadcast_to(scale[:, None], [UNITS, UNIT])) * 127.0
+    ratio = tl.div_rn(weight, tl.broadcast_to(scale[:, None], [UNITS, UNIT]))
+    if zeros_ptr is not None:
+        zero = tl.load(zeros_ptr + group, mask=unit_at < num_left, other=0.0)
+        ratio += zero[:, None]
     ratio = tl.minimum(tl.maximum(ratio, -127.0), 127.0)
     code = (ratio + _ROUNDER) - _ROUNDER + 128.0
     tl.store(packed_ptr + first + at, code.to(tl.uint8), mask=at < num_left)

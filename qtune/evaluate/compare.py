@@ -19,6 +19,7 @@ from rich.table import Table as Grid
 from qtune.errors import UserError
 from qtune.evaluate.exact_match import Score, wilson_interval
 from qtune.evaluate.generate import Answers
+from qtune.evaluate.long_context import CacheEffect
 from qtune.evaluate.perplexity import Likelihood
 from qtune.files import write_text
 
@@ -64,6 +65,7 @@ class Table:
     trained: str
     rows: list[Row] = field(default_factory=list)
     merge: Merge | None = None
+    kv_cache: CacheEffect | None = None
 
 
 def make_row(
@@ -111,7 +113,8 @@ def read(path: Path) -> Table:
         content = json.loads(path.read_text(encoding="utf-8"))
         rows = [Row(**_with_nan(row)) for row in content["rows"]]
         merge = None if content["merge"] is None else Merge(**content["merge"])
-        return Table(content["trained"], rows, merge)
+        effect = content.get("kv_cache") and CacheEffect(**content["kv_cache"])
+        return Table(content["trained"], rows, merge, effect)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; `qtune eval {path.parent}` writes it") from None
     except (ValueError, TypeError, KeyError) as error:
@@ -131,6 +134,8 @@ def print_table(console: Console, table: Table) -> None:
         grid.add_row(*_cells(row), style="bold" if row.name == table.trained else None)
     console.print(grid)
     console.print(_legend(table), style="dim", highlight=False, markup=False)
+    if table.kv_cache is not None:
+        console.print(_cache_line(table.kv_cache), style="dim", highlight=False, markup=False)
 
 
 def _cells(row: Row) -> list[str]:
@@ -156,6 +161,15 @@ def _legend(table: Table) -> str:
     answers = max((row.answers for row in table.rows), default=0)
     text = f"Loss on {tokens} held-out tokens; KL and top-1 per token, against {table.trained}"
     return text + (f"; exact match on {answers} answers, with its 95 % interval" if answers else "")
+
+
+def _cache_line(effect: CacheEffect) -> str:
+    return (
+        f"Keys and values in {effect.bits} bits, {effect.context} tokens: "
+        f"{decimal(effect.cache_bytes)} instead of {decimal(effect.cache_bytes_16bit)}, loss "
+        f"{effect.loss:.4f} instead of {effect.loss_16bit:.4f}, KL {effect.kl:.4f}, "
+        f"top-1 {effect.top1:.1%}"
+    )
 
 
 def _finite_or_none(value: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import Cache, GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from qtune.data.chat import end_of_turn, prompt_ids
@@ -88,10 +88,12 @@ def generate_ids(
     stops: list[int],
     max_new_tokens: int,
     streamer: BaseStreamer | None = None,
+    cache: Cache | None = None,
 ) -> Tensor:
     """Greedy continuations [S, T + new] int64 of prompts [S, T], where `live` is 0 on padding.
 
-    A row that has ended is filled up with token 0 behind its stop token.
+    A row that has ended is filled up with token 0 behind its stop token. Keys and values go into
+    `cache`, an empty one, or into an ordinary one.
     """
     generate = cast(Callable[..., Tensor], model.generate)
     with unpacked(model):
@@ -100,6 +102,7 @@ def generate_ids(
             attention_mask=live,
             generation_config=_greedy(max_new_tokens, stops),
             streamer=streamer,
+            past_key_values=cache,
             **_last_logits_only(model, prompts.device),
         )
 

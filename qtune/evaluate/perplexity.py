@@ -14,8 +14,9 @@ top-1 agreement.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,8 @@ KEPT_TOKENS = 1500
 ROWS = 64
 # its exponential is 0 in every dtype, and times 0 it is no NaN
 LOWEST = torch.finfo(torch.float16).min
+# numbers by sample
+Sums = defaultdict[int, float]
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,14 @@ class Reference:
     log_probabilities: Tensor  # [K, V] float16
     top: Tensor  # [K] int64, the likeliest token
     targets: Tensor  # [K] int64
+
+
+@dataclass(frozen=True)
+class SampleLoss:
+    """The cross entropy of one sample: a weighted sum over its targets, and the sum of weights."""
+
+    loss: float
+    weight: float
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,8 @@ class Likelihood:
     top1: float | None = None
     compared: int = 0
     kept: Reference | None = None
+    samples: list[SampleLoss] = field(default_factory=list)
+    """One for each sample that has targets, in the order of the batches."""
 
     @property
     def perplexity(self) -> float:
@@ -79,8 +92,8 @@ def held_out(
         raise ValueError("there is no supervised token in the held-out batches")
     totals = _Totals(reference, keep_tokens)
     with measuring(model):
-        for logits, targets, weights in _pieces(model, batches):
-            totals.add(logits, targets, weights)
+        for piece in _pieces(model, batches):
+            totals.add(*piece)
     return totals.result()
 
 
@@ -90,15 +103,19 @@ class _Totals:
     def __init__(self, reference: Reference | None, keep_tokens: int) -> None:
         self.reference, self.keep_tokens = reference, keep_tokens
         self.tokens = self.compared = self.agreed = 0
-        self.loss = self.weight = self.kl = 0.0
+        self.kl = 0.0
+        self.losses: Sums = defaultdict(float)
+        self.weights: Sums = defaultdict(float)
         self.kept: list[Reference] = []
 
-    def add(self, logits: Tensor, targets: Tensor, weights: Tensor) -> None:
-        """Take in logits [n, V] for targets [n] with weights [n]."""
+    def add(self, logits: Tensor, targets: Tensor, weights: Tensor, samples: Tensor) -> None:
+        """Take in logits [n, V] for targets [n] of the samples [n], with weights [n]."""
         q = torch.log_softmax(logits, -1, dtype=torch.float32)
         found = q.gather(1, targets.unsqueeze(1)).squeeze(1)
-        self.loss -= (weights * found).sum(dtype=torch.float64).item()
-        self.weight += weights.sum(dtype=torch.float64).item()
+        # where there is a GPU, one transfer of few numbers
+        losses = -(weights * found).double().cpu()
+        _add_each(self.losses, samples, losses)
+        _add_each(self.weights, samples, weights.double().cpu())
         self._keep(q[: max(0, self.keep_tokens - self.tokens)], targets)
         if self.reference is not None:
             self._compare(q, targets, self.reference)
@@ -107,13 +124,14 @@ class _Totals:
     def result(self) -> Likelihood:
         """The means."""
         kept = _joined(self.kept) if self.kept else None
-        loss = self.loss / self.weight
+        samples = [SampleLoss(loss, self.weights[i]) for i, loss in sorted(self.losses.items())]
+        loss = math.fsum(s.loss for s in samples) / math.fsum(s.weight for s in samples)
         if self.reference is None:
-            return Likelihood(loss, self.tokens, kept=kept)
+            return Likelihood(loss, self.tokens, kept=kept, samples=samples)
         if self.compared != len(self.reference.targets):
             raise ValueError("the reference was made with more held-out tokens than there are")
         kl, top1 = self.kl / self.compared, self.agreed / self.compared
-        return Likelihood(loss, self.tokens, kl, top1, self.compared, kept)
+        return Likelihood(loss, self.tokens, kl, top1, self.compared, kept, samples)
 
     def _keep(self, q: Tensor, targets: Tensor) -> None:
         if len(q):
@@ -134,15 +152,28 @@ class _Totals:
         self.compared += num
 
 
-def _pieces(model: nn.Module, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Logits [n, V], targets [n] and weights [n], few rows at a time."""
+def _pieces(
+    model: nn.Module, batches: Sequence[Batch]
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Logits [n, V], targets, weights and numbers of samples [n], few rows at a time."""
+    first = 0
     for batch in batches:
         if len(batch.targets):
             weights = batch.weights
             if weights is None:
                 weights = torch.ones_like(batch.targets, dtype=torch.float32)
-            rows = forward_logits(model, batch), batch.targets, weights
+            samples = first + batch.sample_of
+            rows = forward_logits(model, batch), batch.targets, weights, samples
             yield from zip(*(torch.split(tensor, ROWS) for tensor in rows), strict=True)
+        first += len(batch.lengths)
+
+
+def _add_each(sums: Sums, samples: Tensor, values: Tensor) -> None:
+    """Add the values [n] of samples [n], which come in order, to the sums of these."""
+    found, places = samples.unique_consecutive(return_inverse=True)
+    totals = torch.zeros(len(found), dtype=torch.float64).index_add_(0, places, values)
+    for sample, total in zip(found.tolist(), totals.tolist(), strict=True):
+        sums[sample] += total
 
 
 def _joined(parts: list[Reference]) -> Reference:

@@ -1,7 +1,9 @@
 """`adapter`: a plain PEFT folder, which loads onto the original 16-bit model without qtune.
 
 On that base it is not exactly the model that was trained, whose base was quantized: the table of a
-run says what the difference costs. Embeddings are written only where they were trained.
+run says what the difference costs. An adapter that began by making up for the quantization of its
+base is written without that start, at twice the rank. Embeddings are written only where they were
+trained.
 """
 
 import copy
@@ -15,6 +17,9 @@ from torch import Tensor
 
 from qtune.export.folder.load import load_adapter, load_model
 from qtune.export.folder.trained import Form, Trained
+from qtune.model.merge import NO_START
+from qtune.model.scales import NAME as TRAINED_SCALES
+from qtune.model.start import Start, difference
 from qtune.recipe import Recipe
 
 
@@ -30,11 +35,13 @@ class AdapterExporter:
     def size_bytes(self, trained: Trained) -> int:
         """The bytes of the adapter's tensors."""
         state = get_peft_model_state_dict(trained.model, save_embedding_layers=False)
-        return sum(tensor.nbytes for tensor in state.values())
+        size: int = sum(tensor.nbytes for tensor in state.values())
+        return 2 * size if trained.start else size
 
     def write(self, trained: Trained, folder: Path) -> dict[str, Any]:
         """Write the adapter."""
-        write_adapter(trained.model, folder, base_name(trained), trained.recipe.revision)
+        base, revision = base_name(trained), trained.recipe.revision
+        write_adapter(trained.model, folder, base, revision, start=trained.start)
         return {"form": "adapter"}
 
     def load(self, folder: Path, base_folder: Path, device: torch.device) -> PeftModel:
@@ -48,19 +55,32 @@ def write_adapter(
     base: str,
     revision: str | None,
     tensors: dict[str, Tensor] | None = None,
+    start: Start = NO_START,
 ) -> None:
     """Write the active adapter as a PEFT folder that names `base` as its base model.
 
-    `tensors` are the trained parameters by name, where the model holds only a part of each.
+    `tensors` are the trained parameters by name, where the model holds only a part of each. What
+    the adapter began with, `start`, is left out of what it does.
     """
     state = get_peft_model_state_dict(model, state_dict=tensors, save_embedding_layers=False)
+    # PEFT takes all that is on its layers for its own
+    state = {name: tensor for name, tensor in state.items() if f".{TRAINED_SCALES}." not in name}
+    config = copy.copy(model.active_peft_config)
+    if start:
+        state, changes = difference(model, state, start)
+        for field, value in changes.items():
+            setattr(config, field, value)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     if Path(base).expanduser().is_dir():
         base = str(Path(base).expanduser().absolute())
-    config = copy.copy(model.active_peft_config)
     config.base_model_name_or_path, config.revision, config.inference_mode = base, revision, True
     config.save_pretrained(folder)
+
+
+def has_tensors(model: PeftModel) -> bool:
+    """Whether an adapter has anything that `write_adapter` would write."""
+    return bool(get_peft_model_state_dict(model, save_embedding_layers=False))
 
 
 def base_name(trained: Trained) -> str:

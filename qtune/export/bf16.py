@@ -37,7 +37,11 @@ class Bf16Exporter:
     def write(self, trained: Trained, folder: Path) -> dict[str, Any]:
         """Write the merged weights and config.json."""
         merged = merged_tensors(
-            trained.base_folder, trained.model, trained.onto, round_to=trained.round_to
+            trained.base_folder,
+            trained.model,
+            trained.onto,
+            start=trained.start,
+            round_to=trained.round_to,
         )
         write_shards(merged, folder)
         write_config(trained.base_folder, folder, self._config(trained))

@@ -1,7 +1,7 @@
-"""`bitsandbytes`: a pre-quantized NF4 folder that transformers loads with bitsandbytes.
+"""`bitsandbytes`: a pre-quantized NF4 or FP4 folder that transformers loads with bitsandbytes.
 
-Codes and scales are rewritten into its layout, not computed anew, so what was trained in NF4 is the
-same bit for bit. Written without bitsandbytes; only checking the folder needs it.
+Codes and scales are rewritten into its layout, not computed anew, so what was trained in these
+formats is the same bit for bit. Written without bitsandbytes; only checking the folder needs it.
 """
 
 import json
@@ -26,13 +26,18 @@ from qtune.export.folder.quantized import (
     write_quantized,
 )
 from qtune.export.folder.trained import Form, Trained
+from qtune.model.merge import quant_layers
 from qtune.quant.linear import QuantLinear
-from qtune.recipe import Recipe
+from qtune.quant.storage import Storage
+from qtune.recipe import Quant, Recipe
 from qtune_kernels.packing import to_bitsandbytes
 from qtune_kernels.scales import SCALE_GROUP, dynamic_map
 
 MISSING = "bitsandbytes, which loads and checks the export, is missing: pip install bitsandbytes"
+# how the merged form is stored
+MERGED = Storage()
 GROUP_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
+FORMATS = ("nf4", "fp4")
 
 
 class BitsandbytesExporter:
@@ -41,24 +46,10 @@ class BitsandbytesExporter:
     consumer = "bitsandbytes"
 
     def check(self, recipe: Recipe, form: Form = "pair") -> list[str]:
-        """The library that will load it must be there; a pair needs NF4 in groups that it knows."""
-        quant, missing = recipe.quant, find_spec("bitsandbytes") is None
+        """The library that will load it must be there; a pair needs a base as it knows them."""
+        missing = find_spec("bitsandbytes") is None
         problems = [f"{MISSING}, or leave this export out"] if missing else []
-        if form == "merged":
-            return problems
-        if quant.format != "nf4":
-            is_now = f"is {quant.format}" if quant.format else "is null"
-            problems.append(
-                f"it holds NF4 only and quant.format {is_now}; train with nf4, or "
-                "export the merged form"
-            )
-        elif quant.group_size not in GROUP_SIZES:
-            sizes = ", ".join(str(size) for size in GROUP_SIZES)
-            problems.append(
-                f"quant.group_size {quant.group_size} is not one of {sizes}; take 64, "
-                "or export the merged form"
-            )
-        return problems
+        return problems if form == "merged" else problems + _unknown(recipe.quant)
 
     def size_bytes(self, trained: Trained) -> int:
         """The bytes of codes, scales, what stays in 16 bits and the adapter."""
@@ -66,7 +57,7 @@ class BitsandbytesExporter:
 
     def write(self, trained: Trained, folder: Path) -> dict[str, Any]:
         """Write the weights, config.json and, in the pair form, the adapter."""
-        write_quantized(trained, folder, layer_tensors, "nf4", 64)
+        write_quantized(trained, folder, layer_tensors, lambda name: MERGED)
         changes = config_changes(trained) | {"quantization_config": _quant_config(trained)}
         write_config(trained.base_folder, folder, changes)
         return form_of(trained)
@@ -82,11 +73,32 @@ class BitsandbytesExporter:
         return with_adapter(base, folder)
 
 
+def _unknown(quant: Quant) -> list[str]:
+    """The first thing of the recipe's base that bitsandbytes has no word for, if any."""
+    sizes = ", ".join(str(size) for size in GROUP_SIZES)
+    problems = [
+        (
+            quant.format not in FORMATS,
+            f"it holds NF4 and FP4 and quant.format is {quant.format or 'null'}; train with nf4",
+        ),
+        (
+            quant.group_size not in GROUP_SIZES,
+            f"quant.group_size {quant.group_size} is not one of {sizes}; take 64",
+        ),
+        (bool(quant.layers), "it has one format for all layers; leave quant.layers out"),
+        (quant.rotate, "it has no rotation; set quant.rotate: false"),
+        (quant.method == "awq", "it has no channel factors; set quant.method: gptq"),
+    ]
+    found = [f"{text}, or export the merged form" for is_there, text in problems if is_there]
+    return found[:1]
+
+
 def layer_tensors(prefix: str, layer: QuantLinear) -> Iterator[tuple[str, Tensor]]:
-    """The entries of one NF4 layer in a checkpoint of bitsandbytes."""
+    """The entries of one NF4 or FP4 layer in a checkpoint of bitsandbytes."""
     packed, scales = layer.quant_weight
+    kind, levels = layer.storage.format, layer.format.levels
     state = {
-        "quant_type": "nf4",
+        "quant_type": kind,
         "blocksize": layer.group_size,
         "dtype": str(layer.compute_dtype).removeprefix("torch."),
         "shape": [layer.out_features, layer.in_features],
@@ -96,12 +108,12 @@ def layer_tensors(prefix: str, layer: QuantLinear) -> Iterator[tuple[str, Tensor
         "nested_offset": scales.offset.item(),
     }
     tensors = {
-        "": to_bitsandbytes(packed, layer.out_features * layer.in_features),
+        "": to_bitsandbytes(packed, layer.out_features * layer.in_features, levels.index(0)),
         ".absmax": scales.codes,
-        ".quant_map": torch.tensor(layer.format.levels),
+        ".quant_map": torch.tensor(levels),
         ".nested_absmax": scales.scales,
         ".nested_quant_map": dynamic_map(torch.device("cpu")).clone(),
-        ".quant_state.bitsandbytes__nf4": torch.tensor(
+        f".quant_state.bitsandbytes__{kind}": torch.tensor(
             list(json.dumps(state).encode()), dtype=torch.uint8
         ),
     }
@@ -109,12 +121,20 @@ def layer_tensors(prefix: str, layer: QuantLinear) -> Iterator[tuple[str, Tensor
         yield f"{prefix}weight{leaf}", tensor.detach().cpu()
 
 
+def _format(trained: Trained) -> str:
+    """The number format of the written folder."""
+    layers = quant_layers(trained.model)
+    if trained.form == "merged" or not layers:
+        return MERGED.format
+    return next(iter(layers.values())).storage.format
+
+
 def _quant_config(trained: Trained) -> dict[str, Any]:
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
         "load_in_8bit": False,
-        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_quant_type": _format(trained),
         "bnb_4bit_use_double_quant": True,
         "bnb_4bit_compute_dtype": str(trained.dtype).removeprefix("torch."),
         "bnb_4bit_quant_storage": "uint8",

@@ -22,8 +22,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qtune.errors import UserError
 from qtune.export.adapter import write_adapter
-from qtune.export.folder import companions, manifest
+from qtune.export.folder import companions, manifest, scales
 from qtune.export.folder.trained import Form, Trained
+from qtune.model import scales_file
 from qtune.recipe import Recipe
 
 __all__ = [
@@ -80,7 +81,11 @@ def load_exporter(name: str) -> Exporter:
 
 def check(recipe: Recipe, names: tuple[str, ...], form: Form = "pair") -> None:
     """Raises UserError with every reason why a run of this recipe cannot be exported so."""
-    problems = [f"export {n}: {why}" for n in names for why in load_exporter(n).check(recipe, form)]
+    problems = [
+        f"export {name}: {why}"
+        for name in names
+        for why in load_exporter(name).check(recipe, form) + scales.why_not(name, recipe, form)
+    ]
     if problems:
         raise UserError("\n".join(problems))
 
@@ -131,11 +136,14 @@ def write_run_adapter(
 ) -> None:
     """Write a run's adapter as a PEFT folder for the model named `base`, whole or not at all.
 
+    Trained scales lie beside it in a file of their own.
+
     `tensors` are the trained parameters by name, where the model holds only a part of each. With
     `tokenizer`, its chat template and the template's hash lie beside them.
     """
     with _in_place_of(folder, "adapter_config.json") as partial:
         write_adapter(model, partial, base, revision, tensors)
+        scales_file.write(model, partial, tensors)
         if tokenizer is not None:
             manifest.write_template(partial, tokenizer)
 

@@ -19,8 +19,8 @@ from qtune.export.folder.quantized import (
 )
 from qtune.export.folder.trained import Form, Trained
 from qtune.model.load import register
-from qtune.model.quantizer import QtuneConfig
-from qtune.quant.linear import TENSORS, QuantLinear
+from qtune.model.quant_config import QtuneConfig
+from qtune.quant.linear import QuantLinear
 from qtune.recipe import Recipe
 
 # what a merged model is quantized to where the run's base was not quantized
@@ -33,7 +33,9 @@ class QtuneExporter:
     consumer = "qtune"
 
     def check(self, recipe: Recipe, form: Form = "pair") -> list[str]:
-        """A pair needs a quantized base."""
+        """A pair needs a quantized base, the merged form a format that needs no calibration."""
+        if form == "merged" and "e8p" in (recipe.quant.format, *recipe.quant.layers.values()):
+            return ["e8p needs calibration, which the merged form has not; export the pair"]
         if form == "merged" or recipe.quant.format is not None:
             return []
         return [
@@ -47,8 +49,8 @@ class QtuneExporter:
     def write(self, trained: Trained, folder: Path) -> dict[str, Any]:
         """Write the weights, config.json and, in the pair form, the adapter."""
         quant = _quant_config(trained)
-        write_quantized(trained, folder, _own_tensors, quant.format, quant.group_size)
-        changes = config_changes(trained) | {"quantization_config": _plain(quant)}
+        write_quantized(trained, folder, _own_tensors, quant.storage)
+        changes = config_changes(trained) | {"quantization_config": quant.to_dict()}
         write_config(trained.base_folder, folder, changes)
         return form_of(trained)
 
@@ -61,26 +63,28 @@ class QtuneExporter:
 
 
 def _own_tensors(prefix: str, layer: QuantLinear) -> Iterator[tuple[str, Tensor]]:
-    for leaf in TENSORS:
+    for leaf in layer.tensor_names:
         yield prefix + leaf, getattr(layer, leaf).detach().cpu()
 
 
 def _quant_config(trained: Trained) -> QtuneConfig:
     """The configuration that the base was loaded with, or the recipe's where it is in 16 bits."""
     loaded = getattr(trained.base.config, "quantization_config", None)
-    if isinstance(loaded, QtuneConfig):
-        return loaded
-    quant = trained.recipe.quant
-    return QtuneConfig(quant.format or DEFAULT_FORMAT, quant.group_size, list(quant.skip))
+    if not isinstance(loaded, QtuneConfig):
+        quant = trained.recipe.quant
+        loaded = QtuneConfig(quant.format or DEFAULT_FORMAT, quant.group_size, list(quant.skip))
+    return _for_nearest(loaded) if trained.form == "merged" else loaded
 
 
-def _plain(config: QtuneConfig) -> dict[str, Any]:
-    return {
-        "quant_method": "qtune",
-        "format": config.format,
-        "group_size": config.group_size,
-        "skip": config.skip,
+def _for_nearest(config: QtuneConfig) -> QtuneConfig:
+    """The same formats without what is of use to calibrated codes only."""
+    calibrated = {"rotate": False, "channels": False}
+    own = {"rotated", "channels"}
+    layers = {
+        name: {key: value for key, value in fields.items() if key not in own}
+        for name, fields in config.layers.items()
     }
+    return QtuneConfig(**config.to_dict() | calibrated | {"layers": layers})
 
 
 EXPORTER = QtuneExporter()

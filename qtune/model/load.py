@@ -17,8 +17,12 @@ from qtune.errors import UserError
 from qtune.model import attention, lora, quantizer
 from qtune.model.folder import read_json
 from qtune.model.fused import fuse
+from qtune.model.quant_config import QtuneConfig
 from qtune.model.targets import adapter_targets
 from qtune.recipe import Lora, Quant
+
+# what a folder that is quantized already has to have in common with the recipe
+MUST_AGREE = ("quant_method", "format", "group_size", "rotate", "channels", "layers")
 
 
 def register() -> None:
@@ -86,20 +90,23 @@ def make_ready(model: PreTrainedModel) -> None:
     fuse(model)
 
 
-def add_adapter(model: PreTrainedModel, settings: Lora) -> PeftModel:
-    """The model with a fresh, trainable float32 adapter; UserError: settings match no layer."""
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=settings.rank,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]
-        lora_dropout=settings.dropout,
-        use_rslora=settings.rslora,
-        use_dora=settings.dora,
-        target_modules=adapter_targets(model, settings),
-        modules_to_save=list(settings.modules_to_save) or None,
-        rank_pattern=settings.rank_pattern,
-        alpha_pattern=settings.alpha_pattern,
-    )
+def add_adapter(model: PreTrainedModel, settings: Lora, **changes: Any) -> PeftModel:
+    """The model with a fresh, trainable float32 adapter; UserError: settings match no layer.
+
+    `changes` are what PEFT's configuration has otherwise than these settings say.
+    """
+    wanted = {
+        "r": settings.rank,
+        "lora_alpha": settings.alpha,
+        "lora_dropout": settings.dropout,
+        "use_rslora": settings.rslora,
+        "use_dora": settings.dora,
+        "target_modules": adapter_targets(model, settings),
+        "modules_to_save": list(settings.modules_to_save) or None,
+        "rank_pattern": settings.rank_pattern,
+        "alpha_pattern": settings.alpha_pattern,
+    }
+    config = LoraConfig(task_type="CAUSAL_LM", **(wanted | changes))
     return get_peft_model(model, config)
 
 
@@ -113,20 +120,31 @@ def _check_complete(folder: Path, info: dict[str, Any]) -> None:
         )
 
 
-def _quantization(folder: Path, quant: Quant | None) -> dict[str, quantizer.QtuneConfig]:
+def _quantization(folder: Path, quant: Quant | None) -> dict[str, QtuneConfig]:
     """What the loader is told to quantize to; nothing where the folder is what it should be."""
     if quant is None or quant.format is None:
         return {}
-    wanted = quantizer.QtuneConfig(quant.format, quant.group_size, list(quant.skip))
+    wanted = QtuneConfig.of(quant)
     stored = read_json(folder / "config.json").get("quantization_config")
     if stored is None:
+        check_needs_no_text(quant)
         # for an already quantized folder transformers would ignore it
         return {"quantization_config": wanted}
-    for key in ("quant_method", "format", "group_size"):
-        if stored.get(key) != getattr(wanted, key):
+    plain = QtuneConfig()
+    for key in MUST_AGREE:
+        found, asked = stored.get(key, getattr(plain, key)), getattr(wanted, key)
+        if found != asked:
             raise UserError(
-                f"{folder} is already quantized, with {key} {stored.get(key)} and not "
-                f"{getattr(wanted, key)}; name the 16-bit model, or set quant.format: null to take "
-                f"the folder as it is"
+                f"{folder} is already quantized, with {key} {found} and not {asked}; name the "
+                "16-bit model, or set quant.format: null to take the folder as it is"
             )
     return {}
+
+
+def check_needs_no_text(quant: Quant) -> None:
+    """Raises UserError where codes are to be found with text, which loading has none of."""
+    if quant.method != "nearest":
+        raise UserError(
+            f"quant.method: {quant.method} measures the model on text while it quantizes; a "
+            "recipe's run does (`qtune train`), loading alone can do quant.method: nearest"
+        )

@@ -4,7 +4,10 @@ PEFT finds this class through every LoraConfig, so adapters are made, saved, loa
 swapped by PEFT as always. Where one plain adapter is active (rsLoRA too: it only scales
 differently), the layer and its adapter run as one op, which casts the small adapter matrices to the
 dtype of x instead of casting x to theirs. Everything else (DoRA, dropout in training, several
-adapters, a trained bias, autocast) takes PEFT's path.
+adapters, a trained bias, autocast, INT8 activations) takes PEFT's path.
+
+Beside LoRA, or in its place where the rank is 0, the scales of the layer below may be trained
+(`scales.py`); an adapter with `use_qalora` is that of `qa_lora.py`.
 """
 
 from collections.abc import Iterator
@@ -14,11 +17,15 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.tuners.lora.layer import Linear as PeftLoraLinear
+from peft.tuners.lora.layer import LoraVariant
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
+from torch.nn.functional import linear as dense_linear
 
 from qtune.errors import UserError
-from qtune.quant.linear import TENSORS, QuantLinear
+from qtune.model.qa_lora import QaLora
+from qtune.model.scales import TrainedScales
+from qtune.quant.linear import QuantLinear
 from qtune_kernels.lora import dense_lora_linear, lora_linear
 
 # starts that read the base weight, which PEFT can only do on a dense one
@@ -26,7 +33,15 @@ READS_WEIGHT = ("pissa", "olora", "corda", "loftq", "mica", "orthogonal")
 
 
 class QuantLoraLinear(PeftLoraLinear):
-    """PEFT's LoRA layer over a QuantLinear."""
+    """PEFT's LoRA layer over a QuantLinear, whose scales may be trained too."""
+
+    trained_scales: TrainedScales | None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_module("trained_scales", None)
+        # the layer below while adapters are enabled, and while they are not, where these differ
+        self._below: dict[bool, QuantLinear] = {}
 
     @property
     def quantized(self) -> QuantLinear:
@@ -38,7 +53,13 @@ class QuantLoraLinear(PeftLoraLinear):
     def update_layer(
         self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any
     ) -> None:
-        """Add an adapter; a start that reads the base weight sees it dequantized."""
+        """Add an adapter; a start that reads the base weight sees it dequantized.
+
+        One of rank 0 has no tensors: it is where trained scales are switched on and off.
+        """
+        if r == 0:
+            self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+            return
         start = config.init_lora_weights
         if isinstance(start, str) and start.lower().split("_niter")[0] in READS_WEIGHT:
             with _dense_weight(self.quantized):
@@ -48,8 +69,41 @@ class QuantLoraLinear(PeftLoraLinear):
         else:
             super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
+    def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> LoraVariant | None:
+        """What kind of LoRA an adapter is; None: plain."""
+        if config.use_qalora:
+            return QaLora()
+        found: LoraVariant | None = super().resolve_lora_variant(config=config, **kwargs)
+        return found
+
+    def train_scales(self, *, zeros: bool) -> None:
+        """Train the scales of the layer below, and its zero points if wanted and there are any."""
+        self.trained_scales = TrainedScales(self.quantized, zeros=zeros)
+
+    def settle(self, tuned: QuantLinear) -> None:
+        """Take a layer with other scales as the one below, except while adapters are disabled."""
+        self._below = {True: tuned, False: self.quantized}
+        self.base_layer = tuned
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the layer below has trained scales or zero points."""
+        return bool(self._below)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch adapters on or off, and trained scales with them."""
+        super().enable_adapters(enabled)
+        if self._below:
+            self.base_layer = self._below[enabled]
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y [..., O] of x [..., I]."""
+        if self.trained_scales is not None and not self.disable_adapters:
+            return self._with_scales(self.trained_scales, x)
+        if self._is_qa_lora() and not (args or kwargs or _autocasts(x)):
+            (name,) = self.active_adapters
+            # not by way of PEFT, which would copy x into float32
+            return QaLora.forward(self, name, x, self.quantized(x))
         name = self._only_plain_adapter()
         if name is None or args or kwargs or _autocasts(x):
             return super().forward(x, *args, **kwargs)
@@ -59,6 +113,7 @@ class QuantLoraLinear(PeftLoraLinear):
         base, scaling = self.quantized, float(self.scaling[name])
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         assert isinstance(a, Tensor) and isinstance(b, Tensor)
+        x, a = base.inner_input(x), base.inner_a(a)
         bias = None if base.bias is None else base.bias.to(x.dtype)
         if base.dense is not None and base.dense.dtype == x.dtype:
             return dense_lora_linear(x, base.dense, bias, a, b, scaling)
@@ -66,9 +121,20 @@ class QuantLoraLinear(PeftLoraLinear):
         weight = packed, *scales, base.format.levels, base.group_size, base.out_features
         return lora_linear(x, *weight, bias, a, b, scaling)
 
+    def _with_scales(self, scales: TrainedScales, x: Tensor) -> Tensor:
+        y: Tensor = scales(self.quantized, x)
+        for name in self.active_adapters:
+            if name in self.lora_A:
+                a, b = self.lora_A[name].weight, self.lora_B[name].weight
+                assert isinstance(a, Tensor) and isinstance(b, Tensor)
+                u = dense_linear(self.lora_dropout[name](x), a.to(x.dtype))
+                y = y + dense_linear(u, b.to(x.dtype)) * float(self.scaling[name])
+        return y
+
     def merged_weight(self, adapter_names: list[str] | None = None) -> Tensor:
         """Dequantized weight plus the adapters' updates, float32 [O, I]."""
-        weight = self.quantized.dequantize(torch.float32)
+        scales, base = self.trained_scales, self.quantized
+        weight = (base if scales is None else scales.tuned(base)).dequantize(torch.float32)
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.lora_A:
                 continue
@@ -89,9 +155,12 @@ class QuantLoraLinear(PeftLoraLinear):
         names = check_adapters_to_merge(self, adapter_names)
         if not names:
             return
+        if self.trained_scales is not None:
+            raise UserError("trained scales are no part of new codes; use merge_and_unload")
         weight = self._checked_weight(safe_merge, names)
         if not self.merged_adapters:
-            self._unmerged = {key: getattr(self.quantized, key) for key in TENSORS}
+            base = self.quantized
+            self._unmerged = {name: getattr(base, name) for name in base.tensor_names}
         self.quantized.quantize(weight)
         self.merged_adapters.extend(names)
 
@@ -123,12 +192,19 @@ class QuantLoraLinear(PeftLoraLinear):
             raise ValueError("the merged weight is not finite: an adapter is broken")
         return weight
 
+    def _is_qa_lora(self) -> bool:
+        """Whether a single adapter is active, and is one of `qa_lora.py`."""
+        kinds = [type(self.lora_variant.get(name)) for name in self.active_adapters]
+        return kinds == [QaLora] and not (self.disable_adapters or self.merged)
+
     def _only_plain_adapter(self) -> str | None:
         """The active adapter, where it is a single one that the fused function computes exactly."""
         active = [name for name in self.active_adapters if name in self.lora_A]
-        bias = self.quantized.bias
-        trains_bias = bias is not None and bias.requires_grad
+        base = self.quantized
+        trains_bias = base.bias is not None and base.bias.requires_grad
         if len(active) != 1 or self.disable_adapters or self.merged or trains_bias:
+            return None
+        if not base.fuses_adapter:
             return None
         (name,) = active
         drops = self.training and not isinstance(self.lora_dropout[name], nn.Identity)

@@ -26,10 +26,13 @@ from transformers import PreTrainedModel
 from qtune.errors import UserError
 from qtune.model.checkpoint import Names, bare_name, distinct_tensors, stored_names
 from qtune.model.folder import read_json
+from qtune.model.lora import QuantLoraLinear
 from qtune.model.merge_experts import fused_matrices, merged_experts
-from qtune.quant.linear import TENSORS, QuantLinear
+from qtune.model.start import Start
+from qtune.quant.linear import QuantLinear
 
 Onto = Literal["original", "dequantized"]
+NO_START: Start = {}
 # merged float32 weight of the float32 weight that it is merged onto
 Update = Callable[[Tensor], Tensor]
 
@@ -39,21 +42,27 @@ def merged_tensors(
     model: PeftModel,
     onto: Onto,
     *,
+    start: Start = NO_START,
     round_to: torch.dtype | None = None,
     allow_unchanged: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
     """Name and merged tensor, on the CPU and in the stored dtype, of all weights of `base_folder`.
 
-    Tensors stored in float32 are rounded to `round_to` if given. Raises UserError for an adapter
+    What the adapter began with, `start`, is no change of the original weights. Tensors stored in
+    float32 are rounded to `round_to` if given. Raises UserError for an adapter
     that has no tensor in the folder or cannot be merged and, at the end, where nothing changed
     unless `allow_unchanged`.
     """
-    updates = adapter_updates(model)
+    updates = adapter_updates(model, start if onto == "original" else NO_START)
     dense = quant_layers(model) if onto == "dequantized" else {}
     names = Names.of(base_model(model))
     stored = stored_names(base_folder)
+    tuned = any(
+        isinstance(layer, QuantLoraLinear) and layer.is_settled for layer in model.modules()
+    )
     if onto == "original":
         _need_dense(base_folder)
+        _need_codes(tuned)
     known = {other for name in stored for other in names.group(names.in_model(name))}
     mixtures = fused_matrices(base_model(model), base_folder)
     in_mixtures = {name for matrix in mixtures for name in matrix.weights}
@@ -72,7 +81,7 @@ def merged_tensors(
         for matrix in mixtures
     )
     both = chain(merged, chain.from_iterable(experts))
-    return _checked(both, bool(updates), allow_unchanged)
+    return _checked(both, bool(updates), allow_unchanged or tuned)
 
 
 def untied(model: PeftModel) -> bool:
@@ -90,16 +99,27 @@ def quant_layers(model: PeftModel) -> dict[str, QuantLinear]:
     }
 
 
-def adapter_updates(model: PeftModel) -> dict[str, Update]:
+def codes_beside_weights(layers: dict[str, QuantLinear]) -> set[str]:
+    """Names of the other tensors that a checkpoint of these layers holds."""
+    return {
+        name.removesuffix("weight") + leaf
+        for name, layer in layers.items()
+        for leaf in layer.tensor_names
+        if leaf != "weight"
+    }
+
+
+def adapter_updates(model: PeftModel, start: Start = NO_START) -> dict[str, Update]:
     """What the active adapter does to each parameter that it changes, by the base model's name.
 
-    Raises UserError for adapters that cannot be written as a change of weights.
+    What it began with, `start`, is taken off again. Raises UserError for adapters that cannot be
+    written as a change of weights.
     """
     (adapter,) = model.active_adapters
     updates: dict[str, Update] = {}
     for name, layer in model.get_base_model().named_modules():
         if isinstance(layer, LoraLayer) and adapter in layer.r:
-            updates |= _lora_updates(name, layer, adapter)
+            updates |= _lora_updates(name, layer, adapter, start.get(name))
         elif isinstance(layer, ModulesToSaveWrapper):
             for key, trained in layer.modules_to_save[adapter].named_parameters():
                 updates[f"{name}.{key}"] = partial(_replaced, trained)
@@ -117,7 +137,9 @@ def base_model(model: PeftModel) -> PreTrainedModel:
     return base
 
 
-def _lora_updates(name: str, layer: LoraLayer, adapter: str) -> dict[str, Update]:
+def _lora_updates(
+    name: str, layer: LoraLayer, adapter: str, begun: tuple[Tensor, Tensor] | None
+) -> dict[str, Update]:
     if layer.merged_adapters:
         raise UserError(
             f"{name}: an adapter is merged into this layer in place; call unmerge() first"
@@ -130,19 +152,24 @@ def _lora_updates(name: str, layer: LoraLayer, adapter: str) -> dict[str, Update
         raise UserError(
             f"{name}: an adapter of the kind {kind} cannot be merged; export the adapter"
         )
-    updates: dict[str, Update] = {f"{name}.weight": partial(_with_lora, layer, adapter)}
+    updates: dict[str, Update] = {f"{name}.weight": partial(_with_lora, layer, adapter, begun)}
     if layer.lora_bias[adapter]:
         updates[f"{name}.bias"] = partial(_with_lora_bias, layer, adapter)
     return updates
 
 
-def _with_lora(layer: LoraLayer, adapter: str, weight: Tensor) -> Tensor:
-    """W + scaling B A, each row then scaled to its trained length with DoRA.
+def _with_lora(
+    layer: LoraLayer, adapter: str, begun: tuple[Tensor, Tensor] | None, weight: Tensor
+) -> Tensor:
+    """W + scaling B A - B0 A0, each row then scaled to its trained length with DoRA.
 
     PEFT keeps adapters in float32, so the product is taken in it.
     """
     assert isinstance(layer, (LoraLinear, Embedding))
     delta: Tensor = layer.get_delta_weight(adapter).float()
+    if begun is not None:
+        a, b = (part.to(delta.device) for part in begun)
+        delta = delta - b @ a
     merged: Tensor = weight.to(delta.device) + delta
     if adapter not in layer.lora_variant:
         return merged
@@ -189,7 +216,7 @@ def _stream(
     left_out: set[str],
 ) -> Iterator[tuple[str, Tensor, bool]]:
     """Name, tensor, and whether the update changed it."""
-    codes = {name.removesuffix("weight") + leaf for name in dense for leaf in TENSORS[1:]}
+    codes = codes_beside_weights(dense)
     for stored, name, tensor in distinct_tensors(folder, names):
         if name in codes or stored in left_out:
             continue
@@ -238,6 +265,14 @@ def _check_known(wanted: set[str], known: set[str], folder: Path) -> None:
         raise UserError(
             f"{folder} lacks {len(missing)} of the tensors that training changed, as {missing[0]}; "
             "name the folder of the base that the adapter was trained on"
+        )
+
+
+def _need_codes(tuned: bool) -> None:
+    if tuned:
+        raise UserError(
+            "trained scales and zero points are those of codes, so they cannot be merged onto the "
+            "original weights; set merge.base: dequantized"
         )
 
 

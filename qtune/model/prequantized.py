@@ -26,8 +26,9 @@ from qtune.cache import build_once, need_space
 from qtune.model.cache import model_folder
 from qtune.model.checkpoint import weight_files
 from qtune.model.folder import read_json
-from qtune.model.load import load_complete, register
-from qtune.model.quantizer import QtuneConfig, QtuneQuantizer
+from qtune.model.load import check_needs_no_text, load_complete, register
+from qtune.model.quant_config import QtuneConfig
+from qtune.model.quantizer import QtuneQuantizer
 from qtune.model.shards import Shards
 from qtune.recipe import Quant
 
@@ -51,23 +52,25 @@ def quantized_folder(
     """A folder of the same model with its linear layers quantized; the same one where they are.
 
     Computed on `device`. What is not quantized is stored in `dtype`. Raises UserError where the
-    folder lacks weights or the cache has no room.
+    folder lacks weights, the method needs text (`calibrated.py`), or the cache has no room.
     """
     if quant.format is None or "quantization_config" in read_json(folder / "config.json"):
         return folder
-    identity = f"{VERSION} {_identity(folder)} {quant} {dtype}"
+    check_needs_no_text(quant)
+    config = QtuneConfig.of(quant)
+    identity = f"{VERSION} {identity_of(folder)} {config.to_dict()} {dtype}"
     name = f"{folder.name}-{quant.format}"
 
     def build(partial_folder: Path) -> None:
         size = sum(path.stat().st_size for path in weight_files(folder))
         need_space(partial_folder, int(MOST_SHARE * size))
         options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-        _write(folder, partial_folder, quant, device=device, **options)
+        _write(folder, partial_folder, config, device=device, **options)
 
     return build_once(model_folder(name, identity), build)
 
 
-def _identity(folder: Path) -> str:
+def identity_of(folder: Path) -> str:
     """What tells the folder's content: its settings, and the files behind its weights.
 
     Not the sum of these: reading gigabytes on every call would cost more than it proves, and the
@@ -78,16 +81,19 @@ def _identity(folder: Path) -> str:
     return f"{read_json(folder / 'config.json')} {status}"
 
 
-def _write(source: Path, folder: Path, quant: Quant, **options: Any) -> None:
-    assert quant.format is not None
-    config = QtuneConfig(quant.format, quant.group_size, list(quant.skip))
+def _write(source: Path, folder: Path, config: QtuneConfig, **options: Any) -> None:
     shards = Shards(folder, SHARD_BYTES)
     register()
-    with _quantized_into(shards):
+    with quantizing_by(_quantizer_into(shards)):
         model = load_complete(source, quantization_config=config, **options)
-    for name, tensor in _left(model):
+    for name, tensor in left(model):
         shards.add(name, tensor.cpu())
     shards.finish()
+    complete(source, folder, config)
+
+
+def complete(source: Path, folder: Path, config: QtuneConfig) -> None:
+    """Put what a model folder needs beside its weights into `folder`."""
     for pattern in COMPANIONS:
         for path in source.glob(pattern):
             shutil.copyfile(path, folder / path.name)
@@ -97,10 +103,10 @@ def _write(source: Path, folder: Path, quant: Quant, **options: Any) -> None:
 
 
 @contextmanager
-def _quantized_into(shards: Shards) -> Iterator[None]:
-    """Meanwhile what transformers quantizes to our formats goes into the shards."""
+def quantizing_by(quantizer: type[QtuneQuantizer]) -> Iterator[None]:
+    """Meanwhile transformers quantizes to our formats by this class."""
     usual = AUTO_QUANTIZER_MAPPING["qtune"]
-    AUTO_QUANTIZER_MAPPING["qtune"] = _quantizer_into(shards)
+    AUTO_QUANTIZER_MAPPING["qtune"] = quantizer
     try:
         yield
     finally:
@@ -110,12 +116,12 @@ def _quantized_into(shards: Shards) -> Iterator[None]:
 def _quantizer_into(shards: Shards) -> type[QtuneQuantizer]:
     class ToShards(QtuneQuantizer):
         def get_quantize_ops(self) -> ConversionOps:
-            return _PackAway(super().get_quantize_ops(), shards)
+            return PackAway(super().get_quantize_ops(), shards)
 
     return ToShards
 
 
-class _PackAway(ConversionOps):
+class PackAway(ConversionOps):
     """An operation whose results go into shards, and empty ones into the model."""
 
     def __init__(self, pack: ConversionOps, shards: Shards) -> None:
@@ -124,17 +130,19 @@ class _PackAway(ConversionOps):
     def convert(  # type: ignore[override]
         self, input_dict: dict[str, Any], **options: Any
     ) -> dict[str, Tensor]:
+        """Empty tensors by full name; those with the codes are in the shards now."""
         packed: Any = self._pack.convert(input_dict, **options)
         for name, tensor in packed.items():
             self._shards.add(name, tensor.detach().cpu())
-        return {name: _empty(tensor) for name, tensor in packed.items()}
+        return {name: on_meta(tensor) for name, tensor in packed.items()}
 
 
-def _empty(tensor: Tensor) -> nn.Parameter:
+def on_meta(tensor: Tensor) -> nn.Parameter:
+    """An empty parameter of that shape and dtype on `meta`."""
     return nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=False)
 
 
-def _left(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+def left(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """Name and tensor of all that was not quantized, tied ones once."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     for name, tensor in model.state_dict().items():

@@ -8,6 +8,7 @@ pages are given back once read. Output layers stay dense whatever `skip` says.
 
 import ctypes
 import mmap
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -22,45 +23,30 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qtune.errors import UserError
 from qtune.model import experts
 from qtune.model.fused import fuse
-from qtune.quant.format import load_format
+from qtune.model.quant_config import QtuneConfig
 from qtune.quant.linear import QuantLinear
-from qtune.quant.weight import check_group_size
+from qtune.quant.storage import GroupSize, Storage
+from qtune.quant.vector_linear import layer_type
+
+__all__ = ["QtuneConfig", "QtuneQuantizer", "quantized_on_meta", "register"]
 
 # advice to the kernel that never loses anything: what is not in a file stays where it is
 MADV_PAGEOUT = 21
 _libc = ctypes.CDLL(None)
 
 
-class QtuneConfig(QuantizationConfigMixin):
-    """`quantization_config` of a model whose linear layers are QuantLinear; kept in config.json.
+class Pack(ConversionOps):
+    """A dense weight from a shard -> the uint8 tensors of its QuantLinear, or of each expert's.
 
-    Raises UserError for an unknown format and for a group size that is no power of two.
+    `maker` gives, for the name of a fused weight of experts, what makes their empty layers.
     """
 
-    def __init__(
-        self,
-        format: str = "nf4",
-        group_size: int = 64,
-        skip: list[str] | None = None,
-        **unused: Any,
-    ) -> None:
-        self.quant_method = "qtune"  # type: ignore[assignment]
-        self.format, self.group_size = format, group_size
-        self.skip = list(skip) if skip is not None else ["lm_head"]
-        load_format(format)
-        check_group_size(group_size)
-
-
-class Pack(ConversionOps):
-    """A dense weight from a shard -> the uint8 tensors of its QuantLinear, or of each expert's."""
-
-    def __init__(self, make: experts.MakeLayer) -> None:
-        self._make = make
+    def __init__(self, maker: Callable[[str], experts.MakeLayer]) -> None:
+        self._maker = maker
 
     def convert(  # type: ignore[override]
         self,
@@ -78,12 +64,12 @@ class Pack(ConversionOps):
         if isinstance(layer, QuantLinear):
             packed = layer.pack(dense)
         else:
-            experts.take_layers(layer, self._make, leaf)
+            experts.take_layers(layer, self._maker(full_layer_name), leaf)
             packed = experts.pack(layer, leaf, dense)
             if missing_keys is not None:
                 # the fused weight, which the model no longer has
                 missing_keys.discard(full_layer_name)
-        _release_pages(dense)
+        release_pages(dense)
         prefix = full_layer_name.removesuffix(leaf)
         return {prefix + name: nn.Parameter(t, requires_grad=False) for name, t in packed.items()}
 
@@ -102,16 +88,18 @@ class QtuneQuantizer(HfQuantizer):
         skip = self.get_modules_to_not_convert(
             model, config.skip, in_float32, add_default_skips=True
         )
-        self._make = partial(self._quant_linear, dtype=kwargs.get("dtype") or model.dtype)
+        self._dtype = kwargs.get("dtype") or model.dtype
         layers = dict(model.named_modules())
         chosen = {n: m for n, m in layers.items() if should_convert_module(n, skip)}
         linears = {n: m for n, m in chosen.items() if type(m) is nn.Linear}
-        self._mixtures = [m for m in chosen.values() if experts.is_experts(m)]
+        mixtures = {n: m for n, m in chosen.items() if experts.is_experts(m)}
+        self._mixtures = list(mixtures.values())
         _check_targets(linears, self._mixtures, config.group_size)
         for name, layer in linears.items():
-            model.set_submodule(name, self._empty_layer(layer))
-        for mixture in self._mixtures if self.pre_quantized else []:
-            experts.take_layers(mixture, self._make, *experts.fused_weights(mixture))
+            model.set_submodule(name, self._empty_layer(layer, config.storage(name)))
+        for name, mixture in mixtures.items() if self.pre_quantized else ():
+            for leaf in experts.fused_weights(mixture):
+                experts.take_layers(mixture, self._expert_maker(f"{name}.{leaf}"), leaf)
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
@@ -123,28 +111,27 @@ class QtuneQuantizer(HfQuantizer):
         inside._weight_conversions = []
         return model
 
-    def _empty_layer(self, layer: nn.Linear) -> QuantLinear:
-        new = self._make(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    def _empty_layer(self, layer: nn.Linear, storage: Storage) -> QuantLinear:
+        """A layer in the place of this one, without its codes."""
+        sizes = layer.in_features, layer.out_features
+        new = self._quant_linear(*sizes, storage=storage, bias=layer.bias is not None)
         if not self.pre_quantized:
             # the loader compares shapes with the dense tensor in the shard before it packs it
             weight = torch.empty_like(layer.weight, dtype=new.compute_dtype)
             new.weight = nn.Parameter(weight, requires_grad=False)
         return new
 
+    def _expert_maker(self, name: str) -> experts.MakeLayer:
+        """What makes the empty layers of the experts behind a fused weight."""
+        storage = self.quantization_config.expert_storage(name)
+        return partial(self._quant_linear, storage=storage)
+
     def _quant_linear(
-        self, in_features: int, out_features: int, *, dtype: torch.dtype, bias: bool = False
+        self, in_features: int, out_features: int, *, storage: Storage, bias: bool = False
     ) -> QuantLinear:
-        """A layer of the configured format, without its codes."""
-        config = self.quantization_config
-        return QuantLinear(
-            in_features,
-            out_features,
-            bias,
-            format_name=config.format,
-            group_size=config.group_size,
-            compute_dtype=dtype,
-            device="meta",
-        )
+        options: dict[str, Any] = {"compute_dtype": self._dtype, "device": "meta"}
+        made = layer_type(storage)
+        return made(in_features, out_features, bias, storage=storage, **options)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
         """Whether the tensor of that name arrives dense and must be packed."""
@@ -155,7 +142,7 @@ class QtuneQuantizer(HfQuantizer):
 
     def get_quantize_ops(self) -> ConversionOps:
         """The operation applied to each tensor that needs it."""
-        return Pack(self._make)
+        return Pack(self._expert_maker)
 
     def is_serializable(self, **_: Any) -> bool:
         """Yes: `save_pretrained` writes a folder that loads as it is."""
@@ -181,7 +168,7 @@ def quantized_on_meta(model: PreTrainedModel, config: QtuneConfig) -> None:
 
 
 def _check_targets(
-    linears: dict[str, nn.Linear], mixtures: list[nn.Module], group_size: int
+    linears: dict[str, nn.Linear], mixtures: list[nn.Module], group_size: GroupSize
 ) -> None:
     """Raises UserError where there is no layer, or the group is wider than the rows of each."""
     widths = [layer.in_features for layer in linears.values()]
@@ -190,14 +177,14 @@ def _check_targets(
         raise UserError(
             "quant: this model has no linear layer that could be quantized; set quant.format: null"
         )
-    if group_size > max(widths):
+    if isinstance(group_size, int) and group_size > max(widths):
         raise UserError(
             f"quant.group_size ({group_size}) fits no layer: the widest row has {max(widths)} "
             f"weights; use {min(64, max(widths))}"
         )
 
 
-def _release_pages(tensor: Tensor) -> None:
+def release_pages(tensor: Tensor) -> None:
     """Give the pages of a tensor that lies in a mapped shard back; they can be read again."""
     if tensor.device.type != "cpu" or not hasattr(_libc, "madvise"):
         return

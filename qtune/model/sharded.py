@@ -17,11 +17,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from qtune.model import start
+from qtune.model.adapt import adapt
 from qtune.model.blocks import blocks
 from qtune.model.checkpoint import bare_name, weight_files
 from qtune.model.folder import read_json
 from qtune.model.forward import inner_model
-from qtune.model.load import add_adapter, load_base
+from qtune.model.load import load_base
 from qtune.model.prequantized import quantized_folder
 from qtune.recipe import Recipe
 
@@ -35,10 +37,11 @@ DTYPES = {
 
 
 def load_adapted(folder: Path, recipe: Recipe, accelerator: Accelerator) -> PeftModel:
-    """The recipe's base with a fresh adapter, which is the same in every process.
+    """The recipe's base with an adapter at its start, which is the same in every process.
 
-    Several processes of a machine share the base's quantized form, which one of them makes; under
-    fsdp each then holds its slices. Raises UserError as `load_base` and `add_adapter` do.
+    `folder` is the model's own, or a calibrated one, which may hold the start. Several processes of
+    a machine share the base's quantized form, which one of them makes; under fsdp each then holds
+    its slices. Raises UserError as `load_base` and `adapt` do.
     """
     several, device = accelerator.num_processes > 1, accelerator.device
     if several and recipe.train.parallel == "fsdp":
@@ -48,7 +51,7 @@ def load_adapted(folder: Path, recipe: Recipe, accelerator: Accelerator) -> Peft
 
 
 def load_sharded(folder: Path, recipe: Recipe, accelerator: Accelerator) -> PeftModel:
-    """The recipe's base with a fresh adapter, spread over all processes.
+    """The recipe's base with an adapter at its start, spread over all processes.
 
     Its numbers are those of an unsharded one.
     """
@@ -71,7 +74,10 @@ def _adapted(folder: Path, recipe: Recipe, device: torch.device) -> PeftModel:
     trusted = recipe.trust_remote_code
     base = load_base(folder, recipe.quant, device=device, trust_remote_code=trusted)
     torch.manual_seed(recipe.seed)
-    return add_adapter(base, recipe.lora)
+    model = adapt(base, recipe)
+    if (folder / start.FILE).exists():
+        start.put(model, folder / start.FILE)
+    return model
 
 
 def shard(model: PeftModel, device: torch.device) -> None:

@@ -17,7 +17,6 @@ from torch import Tensor
 from qtune.model.checkpoint import Names, stored_names, stored_tensor
 from qtune.model.merge import Update, adapter_updates, base_model, quant_layers
 from qtune.quant.linear import QuantLinear
-from qtune.quant.weight import dequantize, quantize
 
 MAX_WEIGHTS = 200_000_000
 
@@ -116,9 +115,9 @@ def _survival(name: str, layer: QuantLinear, update: Update, original: Tensor) -
 
 def _requantized(layer: QuantLinear, weight: Tensor) -> Tensor:
     """What the weight [O, I] becomes on the layer's own grid, float32."""
-    shape = (layer.out_features, layer.in_features)
-    packed = quantize(weight, layer.format, layer.group_size)
-    return dequantize(packed, layer.format, layer.group_size, shape, torch.float32)
+    twin = type(layer)(layer.in_features, layer.out_features, storage=layer.storage, device="meta")
+    twin.load(layer.pack(weight, layer.channel_factors))
+    return twin.dequantize(torch.float32)
 
 
 def _dot(a: Tensor, b: Tensor) -> float:

@@ -1,41 +1,64 @@
 """What a number format is, and how it is found.
 
 A format is one file in `formats/` whose name is the word used in recipes. It says how a group of
-weights becomes codes and back; packing, double quantization of the scales and kernels are written
-once over that.
+weights becomes codes and back; the search for a smaller range, methods, packing, scales in 8 bits
+and kernels are written once over that.
 """
 
+from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
 from qtune.errors import UserError
 
+ScaleKind = Literal["dynamic", "linear", "half", "float"]
+ZeroKind = Literal["codes", "half", "float"]
+
+
+class Params(NamedTuple):
+    """What groups [..., G] share: `scales` float32 [...], and `zeros` float32 [...] or None.
+
+    A code stands for (levels[code] - zero) * scale; with 8 bits for (code - 128 - zero) * scale.
+    """
+
+    scales: Tensor
+    zeros: Tensor | None = None
+
 
 class Format(Protocol):
-    """A number format: weights [..., G] <-> codes, uint8 [..., G], and a scale per group [...].
+    """A number format: weights [..., G] <-> codes, uint8 [..., G], and the Params of the groups.
 
-    A code decodes to `levels[code] * scale` with 4 bits and, where `levels` is empty, to
-    (code - 128) / 127 * scale with 8 bits. All three functions also work on `meta` tensors.
+    All three functions also work on `meta` tensors.
     """
 
     bits: int
     levels: tuple[float, ...]
+    """What codes stand for, before zero and scale; empty with 8 bits."""
+    scale_kind: ScaleKind
+    """How scales are stored, see `qtune_kernels.scales`."""
+    zero_kind: ZeroKind | None
+    """How zero points are stored; None: there are none."""
     encodes_stored_scales: bool
-    """Whether codes are chosen for the scales as stored in 8 bits, and not for those fitted."""
+    """Whether codes are chosen for the parameters as stored, and not for those fitted."""
+    searches: bool
+    """Whether a smaller range than the group's is looked for where no Hessian tells what for."""
 
-    def fit(self, groups: Tensor) -> Tensor:
-        """Scales, float32 [...], of float32 groups [..., G]."""
+    def fit(self, groups: Tensor, keep: float | Tensor = 1.0) -> Params:
+        """The parameters of float32 groups [..., G] that cover a share `keep` of their range.
+
+        Shares [K, 1] give the parameters [K, N] of groups [N, G] for each of them.
+        """
         ...
 
-    def encode(self, groups: Tensor, scales: Tensor) -> Tensor:
-        """Codes, uint8 [..., G], of float32 groups [..., G] given their scales [...]."""
+    def encode(self, groups: Tensor, params: Params) -> Tensor:
+        """Codes, uint8 [..., G], of float32 groups [..., G] given their parameters [...]."""
         ...
 
-    def decode(self, codes: Tensor, scales: Tensor) -> Tensor:
-        """Weights, float32 [..., G], of codes [..., G] and scales [...]."""
+    def decode(self, codes: Tensor, params: Params) -> Tensor:
+        """Weights, float32 [..., G], of codes [..., G] and parameters [...]."""
         ...
 
 
@@ -44,6 +67,7 @@ def format_names() -> list[str]:
     return sorted(p.stem for p in (Path(__file__).parent / "formats").glob("[!_]*.py"))
 
 
+@cache
 def load_format(name: str) -> Format:
     """The format of that name; raises UserError for an unknown one."""
     if name not in format_names():

@@ -81,7 +81,7 @@ class _Training:
         model = parallel.distribute(job.model, accelerator, self._settings.parallel)
         # loading leaves a model in evaluation mode, where gradient checkpointing is off
         self._model = model.train()
-        self._optimizer = make_optimizer(job.model, self._settings)
+        self._optimizer = make_optimizer(job.model, self._settings, job.recipe.scales.lr)
         self._trained = list(trained_parameters(job.model).values())
         self._passes = Passes(job.model, model, job.objective, job.recipe, accelerator)
         folder = job.folder / "checkpoints"

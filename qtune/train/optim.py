@@ -12,7 +12,8 @@ On the CPU the 8-bit one runs too; bitsandbytes has no paging there and would ke
 A step is the same whatever the number of processes. AdamW and Lion take each entry by itself and so
 run on sharded matrices; the others need the whole of one.
 
-Matrices decay, vectors do not. LoRA+ (arXiv 2402.12354) multiplies the learning rate of B matrices.
+Matrices decay, vectors do not. LoRA+ (arXiv 2402.12354) multiplies the learning rate of B matrices;
+trained scales have a rate of their own.
 A group's "scale" is what the schedule's rate is multiplied with for it.
 """
 
@@ -26,6 +27,7 @@ from torch import nn
 from transformers import Adafactor
 
 from qtune.errors import UserError
+from qtune.model.scales import NAME as SCALES
 from qtune.recipe import Train
 from qtune.train.lion import Lion
 from qtune.train.muon import MuonWithAdamW
@@ -41,9 +43,14 @@ BETAS = {"lion": (0.9, 0.99), "muon": (0.95, 0.999)}
 NOT_SHARDED = ("adafactor", "muon", *BITSANDBYTES)
 
 
-def make_optimizer(model: nn.Module, settings: Train) -> torch.optim.Optimizer:
-    """The recipe's optimizer over what is trained in the model; every group has a "scale"."""
-    groups = parameter_groups(model.named_parameters(), settings)
+def make_optimizer(
+    model: nn.Module, settings: Train, scales_lr: float | None = None
+) -> torch.optim.Optimizer:
+    """The recipe's optimizer over what is trained in the model; every group has a "scale".
+
+    `scales_lr` is the learning rate of trained scales, by default that of all else.
+    """
+    groups = parameter_groups(model.named_parameters(), settings, scales_lr)
     lr, betas = settings.lr, settings.betas or BETAS.get(settings.optimizer, ADAM_BETAS)
     match settings.optimizer:
         case "adamw":
@@ -59,19 +66,28 @@ def make_optimizer(model: nn.Module, settings: Train) -> torch.optim.Optimizer:
 
 
 def parameter_groups(
-    parameters: Iterable[tuple[str, nn.Parameter]], settings: Train
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    settings: Train,
+    scales_lr: float | None = None,
 ) -> list[dict[str, Any]]:
     """The trained parameters by weight decay and scale of the learning rate."""
     found: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in parameters:
         if parameter.requires_grad:
             decay = settings.weight_decay if parameter.ndim > 1 else 0.0
-            scale = settings.lora_plus_ratio if _is_b(name) else 1.0
+            scale = _rate_scale(name, settings, scales_lr)
             found.setdefault((decay, scale), []).append(parameter)
     return [
         {"params": group, "weight_decay": decay, "scale": scale, "lr": settings.lr * scale}
         for (decay, scale), group in found.items()
     ]
+
+
+def _rate_scale(name: str, settings: Train, scales_lr: float | None) -> float:
+    """What the schedule's learning rate is multiplied with for the parameter of that name."""
+    if f".{SCALES}." in name:
+        return 1.0 if scales_lr is None else scales_lr / settings.lr
+    return settings.lora_plus_ratio if _is_b(name) else 1.0
 
 
 def _is_b(name: str) -> bool:

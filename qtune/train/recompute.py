@@ -39,7 +39,12 @@ DENSE_PRODUCTS = {
     "aten::_grouped_mm": 0,
     "aten::_scaled_mm": 0,
 }
-QUANTIZED_PRODUCTS = {"qtune::linear", "qtune::linear_int8", "qtune::lora_linear"}
+QUANTIZED_PRODUCTS = {
+    "qtune::linear",
+    "qtune::linear_int8",
+    "qtune::lora_linear",
+    "qtune::scaled_linear",
+}
 ATTENTION = {
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",

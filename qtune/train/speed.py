@@ -6,10 +6,10 @@ apart, since a run that learns from few of its tokens is not faster for reading 
 
 MFU (arXiv 2204.02311, appendix B) is the useful arithmetic over the devices' measured rate for bf16
 matrix products. Useful are 2 operations per weight and token forward, 2 for the gradient of the
-layer's input, and 2 for that of the weight where it is trained; for the output head that times
-supervised tokens only, and of experts the share that a token takes. Not useful, and not counted:
-what is computed a second time to save memory, filling, passes of a reference model. The products
-within attention are left out too, so long rows read a little low.
+layer's input, and 2 for that of the weight where it, or its scales, are trained; for the output
+head that times supervised tokens only, and of experts the share that a token takes. Not useful, and
+not counted: what is computed a second time to save memory, filling, passes of a reference model.
+The products within attention are left out too, so long rows read a little low.
 """
 
 import time
@@ -20,6 +20,7 @@ from typing import Any
 from torch import nn
 
 from qtune.model.forward import inner_model
+from qtune.model.scales import TrainedScales
 
 
 class Meter:
@@ -85,6 +86,8 @@ def _module_flops(module: nn.Module) -> float:
     if isinstance(module, nn.Linear):
         num_weights = module.in_features * module.out_features
         return num_weights * (6 if module.weight.requires_grad else 4)
+    if isinstance(module, TrainedScales):
+        return 2.0 * module.shape[0] * module.shape[1]
     # experts that are left dense
     stacks = [p for p in module.parameters(recurse=False) if p.ndim == 3]
     return float(sum(p.numel() * (6 if p.requires_grad else 4) for p in stacks))

@@ -14,6 +14,7 @@ from gpu import timing, unsloth_calls
 from gpu.case import Case, Context, finite
 from qtune.model import lora
 from qtune.quant.linear import QuantLinear
+from qtune.quant.storage import Storage
 from qtune_kernels.linear_int8 import THRESHOLD, linear_int8
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
@@ -88,7 +89,7 @@ def _steps(
 def _lora(dense: nn.Linear, context: Context) -> dict[str, Variant]:
     """Ours, PEFT on bitsandbytes, and unsloth's calls, with an adapter that changes nothing yet."""
     lora.register()
-    ours = _adapted(QuantLinear.from_linear(dense, "nf4", 64))
+    ours = _adapted(QuantLinear.from_linear(dense))
     theirs = _adapted(bitsandbytes_layer(dense))
     layer = theirs.get_submodule("base_model.model.layer")
     matrices = unsloth_calls.Matrix.of(layer)
@@ -121,10 +122,9 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
 def _int8(dense: nn.Linear, context: Context) -> dict[str, Variant]:
     """LLM.int8() here and there, and ours with the weight alone in 8 bits.
 
-    As there, ours has one scale a row where the width is a size that groups may have, else 64.
+    As there, ours has one scale a row.
     """
-    width = dense.in_features
-    layer = QuantLinear.from_linear(dense, "int8", 64 if width & (width - 1) else width)
+    layer = QuantLinear.from_linear(dense, Storage("int8", "row"))
     packed, scales = layer.quant_weight
     theirs = Linear8bitLt(
         dense.in_features, dense.out_features, False, has_fp16_weights=False, threshold=THRESHOLD

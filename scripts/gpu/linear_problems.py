@@ -13,7 +13,7 @@ from torch.nn.functional import linear as dense_linear
 
 from gpu.case import Context
 from gpu.problem import Exact, Problem
-from gpu.weights import LEVELS, Weight, random_weight
+from gpu.weights import KINDS, KINDS_OF_BYTES, LEVELS, Weight, random_weight
 from qtune_kernels.dequantize import dequantize
 from qtune_kernels.linear import linear
 from qtune_kernels.linear_int8 import THRESHOLD, linear_int8
@@ -39,9 +39,22 @@ def _rows(rng: random.Random, context: Context, kind: str) -> int:
     return rng.randint(*(QUICK_ROWS if context.quick else ROWS)[kind])
 
 
+def _weight(
+    rng: random.Random, shape: tuple[int, int], bits: int, group: int, context: Context
+) -> Weight:
+    """A random matrix whose scales and zero points are stored in any way there is."""
+    kind = rng.choice(KINDS_OF_BYTES if bits == 8 else KINDS)
+    return random_weight(shape, bits, group, context.device, kind)
+
+
 def _facts(weight: Weight, x: Tensor) -> dict[str, object]:
-    shape = [*x.shape[:-1], *weight.shape]
-    return {"bits": weight.bits, "group_size": weight.group_size, "shape": shape, **_dtype(x)}
+    shape, zeros = [*x.shape[:-1], *weight.shape], weight.scales.zeros
+    kinds = {
+        "scales": str(weight.scales.codes.dtype),
+        "zeros": str(None if zeros is None else zeros.dtype),
+    }
+    sizes = {"bits": weight.bits, "group_size": weight.group_size, "shape": shape}
+    return sizes | kinds | _dtype(x)
 
 
 def _dtype(x: Tensor) -> dict[str, str]:
@@ -50,8 +63,8 @@ def _dtype(x: Tensor) -> dict[str, str]:
 
 def _dequantize(bits: int) -> Make:
     def make(rng: random.Random, context: Context) -> Exact:
-        group = rng.choice((16, 32, 64, 128, 256))
-        weight = random_weight(_shape(rng, context, False), bits, group, context.device)
+        group = rng.choice((16, 32, 64, 100, 128, 576))
+        weight = _weight(rng, _shape(rng, context, False), bits, group, context)
         dtype = rng.choice((*FLOATS, torch.float32))
         return Exact(
             lambda: dequantize(*weight.arguments, *weight.shape, dtype),
@@ -64,13 +77,13 @@ def _dequantize(bits: int) -> Make:
 
 def _encode(bits: int) -> Make:
     def make(rng: random.Random, context: Context) -> Exact:
-        shape, group = _shape(rng, context, False), rng.choice((16, 32, 64, 128, 256))
+        shape, group = _shape(rng, context, False), rng.choice((16, 32, 64, 100, 128, 576))
         dtype = rng.choice((*FLOATS, torch.float32))
         dense = torch.randn(shape, device=context.device).to(dtype)
 
         def run(dense: Tensor) -> tuple[Tensor, Tensor]:
             scales = absmax(dense, group)
-            return scales, encode(dense, scales, LEVELS[bits], group)
+            return scales, encode(dense, scales, None, LEVELS[bits], group)
 
         facts = {"bits": bits, "group_size": group, "shape": list(shape), **_dtype(dense)}
         return Exact(lambda: run(dense), lambda: run(dense.cpu()), facts)
@@ -82,7 +95,7 @@ def _linear(bits: int, kind: str, readable: bool) -> Make:
     def make(rng: random.Random, context: Context) -> Problem:
         group = rng.choice((64, 128) if readable else (16, 32, 64, 256))
         shape = _shape(rng, context, readable)
-        weight = random_weight(shape, bits, group, context.device)
+        weight = _weight(rng, shape, bits, group, context)
         dense, dtype = weight.exact(), rng.choice(FLOATS)
         size = {"device": context.device, "dtype": dtype}
         x = torch.randn(_rows(rng, context, kind), shape[1], **size)
@@ -102,7 +115,7 @@ def _linear(bits: int, kind: str, readable: bool) -> Make:
 def _lora(kind: str) -> Make:
     def make(rng: random.Random, context: Context) -> Problem:
         shape = _shape(rng, context, rng.random() < 0.8)
-        weight = random_weight(shape, rng.choice(list(LEVELS)), 64, context.device)
+        weight = _weight(rng, shape, rng.choice(list(LEVELS)), 64, context)
         dense, scaling = weight.exact(), rng.choice((0.5, 2.0))
         size = {"device": context.device, "dtype": rng.choice(FLOATS)}
         x = torch.randn(2, _rows(rng, context, kind), shape[1], **size)
@@ -124,14 +137,14 @@ def _lora(kind: str) -> Make:
 def _int8(kind: str) -> Make:
     def make(rng: random.Random, context: Context) -> Problem:
         shape = _shape(rng, context, True)
-        group = rng.choice((64, shape[1])) if shape[1] & (shape[1] - 1) == 0 else 64
+        group = rng.choice((64, shape[1]))
         weight = random_weight(shape, 8, group, context.device)
         size = {"device": context.device, "dtype": rng.choice(FLOATS)}
         x = torch.randn(_rows(rng, context, kind), shape[1], **size)
         x[0, rng.randrange(shape[1])] = 50.0
 
         def op(x: Tensor) -> Tensor:
-            return linear_int8(x, *weight.arguments[:4], group, shape[0], None)
+            return linear_int8(x, *weight.arguments[:5], group, shape[0], None)
 
         def plain(x: Tensor) -> Tensor:
             return _rounded(x) @ weight.exact().to(x.dtype).T

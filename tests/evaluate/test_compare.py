@@ -11,6 +11,7 @@ from qtune.errors import UserError
 from qtune.evaluate.compare import Merge, Row, Table, make_row, print_table, read, write
 from qtune.evaluate.exact_match import Score
 from qtune.evaluate.generate import Answers
+from qtune.evaluate.long_context import CacheEffect
 from qtune.evaluate.perplexity import Likelihood
 
 BASE = Row(
@@ -54,7 +55,7 @@ def test_what_is_written_is_read(table: Table, tmp_path: Path) -> None:
 def test_keys_of_the_file(tmp_path: Path) -> None:
     write(TABLE, tmp_path / "eval.json")
     content = json.loads((tmp_path / "eval.json").read_text())
-    assert set(content) == {"trained", "rows", "merge"}
+    assert set(content) == {"trained", "rows", "merge", "kv_cache"}
     assert content["merge"] == {"chosen": "original", "why": "0.05 against 0.06"}
     assert content["rows"][0] == {
         "name": "base 16-bit", "kind": "base", "loss": 3.25, "perplexity": 25.79, "tokens": 4321,
@@ -162,3 +163,23 @@ def test_huge_and_missing_figures() -> None:
     worse = replace(BASE, loss=20.5, perplexity=math.exp(20.5))
     text = shown(Table("x", [broken, worse]))
     assert "nan" in text and "8.0e+08" in text
+
+
+def test_the_effect_of_a_packed_cache_is_kept_and_told(tmp_path):
+    effect = CacheEffect(
+        bits=4,
+        context=2048,
+        tokens=1855,
+        loss=2.51,
+        loss_16bit=2.5,
+        kl=0.0123,
+        top1=0.97,
+        cache_bytes=3_000_000,
+        cache_bytes_16bit=10_000_000,
+    )
+    write(Table("adapter on nf4", kv_cache=effect), tmp_path / "eval.json")
+    table = read(tmp_path / "eval.json")
+    assert table.kv_cache == effect
+    shown = io.StringIO()
+    print_table(Console(file=shown, width=200), table)
+    assert "in 4 bits, 2048 tokens: 3.0 MB instead of 10.0 MB, loss 2.5100" in shown.getvalue()

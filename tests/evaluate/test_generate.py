@@ -83,7 +83,7 @@ def test_adapter_on_quantized_layers(
 ) -> None:
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear) and name != "lm_head":
-            model.set_submodule(name, QuantLinear.from_linear(layer, "nf4", 64))
+            model.set_submodule(name, QuantLinear.from_linear(layer))
     targets = ["q_proj", "v_proj", "down_proj"]
     config = LoraConfig(target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False)
     tuned = get_peft_model(model, config).train()

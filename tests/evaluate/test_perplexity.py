@@ -92,6 +92,18 @@ def test_tokens_count_as_often_as_their_weight_says(
     assert found.tokens == sum(part.tokens for part in parts)
 
 
+def test_losses_of_samples_are_those_of_each_alone(
+    model: PreTrainedModel, samples: list[Sample]
+) -> None:
+    alone = [held_out(model, [collate([sample])]) for sample in samples]
+    # a batch is filled up by a sample that has no targets
+    for groups in ([samples], [samples[:3], samples[3:]]):
+        found = held_out(model, [collate(group, multiple=128) for group in groups]).samples
+        assert [s.weight for s in found] == [one.tokens for one in alone]
+        means = [s.loss / s.weight for s in found]
+        assert means == pytest.approx([one.loss for one in alone], rel=1e-5)
+
+
 def test_padded_rows_give_the_same(model: PreTrainedModel, samples: list[Sample]) -> None:
     packed, padded = (
         held_out(model, [collate(samples, packing=packing)], keep_tokens=9)

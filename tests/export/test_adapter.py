@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -89,3 +90,31 @@ def test_base_is_named_as_peft_can_load_it(train: Callable[..., Trained], tmp_pa
     assert name(str(tmp_path)) == str(tmp_path)
     assert name(str(tmp_path / "model.gguf")) == str(trained.base_folder)
     assert name("pypi:a==1/b.gguf") == str(trained.base_folder)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_start_is_left_out_of_what_is_written(
+    rslora: bool, train: Callable[..., Trained], tmp_path: Path
+) -> None:
+    trained = train("qwen2", lora=Lora(rank=4, alpha=8, rslora=rslora))
+    name = "model.layers.0.mlp.down_proj"
+    generator = torch.Generator().manual_seed(2)
+    a, b = (0.3 * torch.randn(shape, generator=generator) for shape in ((4, 256), (128, 4)))
+    begun = replace(trained, start={name: (a, b)})
+    folder = export("adapter", begun, tmp_path / "adapter")
+    assert (
+        load_file(folder / "adapter_model.safetensors").keys()
+        == (
+            load_file(export("adapter", trained, tmp_path / "plain") / "adapter_model.safetensors")
+        ).keys()
+    )
+    dense = AutoModelForCausalLM.from_pretrained(trained.base_folder, dtype=torch.float32)
+    before = {key: tensor.clone() for key, tensor in dense.state_dict().items()}
+    merged = PeftModel.from_pretrained(dense, folder).merge_and_unload().state_dict()
+    for key, tensor in merged_tensors(trained.base_folder, trained.model, "original"):
+        change = merged[key] - before[key]
+        if key == f"{name}.weight":
+            change = change + b @ a
+        # the merge is rounded to 16 bits
+        torch.testing.assert_close(before[key] + change, tensor.float(), rtol=1e-2, atol=4e-3)
+    assert begun.model.active_peft_config.r == 4

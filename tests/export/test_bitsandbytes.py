@@ -18,6 +18,7 @@ from qtune.export.exporter import Trained, export
 from qtune.model.load import add_adapter, load_base
 from qtune.model.merge import quant_layers
 from qtune.quant.linear import QuantLinear
+from qtune.quant.storage import Storage
 from qtune.recipe import Lora, Quant
 
 CPU = torch.device("cpu")
@@ -41,12 +42,19 @@ def decoded(model: Any) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-@pytest.mark.parametrize("group_size", [64, 128])
+@pytest.mark.parametrize(
+    ("family", "quant"),
+    [
+        ("llama", Quant()),
+        ("qwen2", Quant(group_size=128)),
+        ("llama", Quant(format="fp4")),
+        ("qwen2", Quant(format="fp4", group_size=128)),
+    ],
+)
 def test_pair_decodes_to_the_weights_of_training(
-    family: str, group_size: int, train: Callable[..., Trained], tmp_path: Path
+    family: str, quant: Quant, train: Callable[..., Trained], tmp_path: Path
 ) -> None:
-    trained = train(family, quant=Quant(group_size=group_size))
+    trained = train(family, quant=quant)
     folder = export("bitsandbytes", trained, tmp_path / "out")
     found = decoded(AutoModelForCausalLM.from_pretrained(folder, device_map={"": CPU}))
     layers = quant_layers(trained.model)
@@ -86,11 +94,12 @@ def test_run_in_16_bits_exports_the_same_layers(
     assert found.keys() == quantized.keys()
 
 
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
 @pytest.mark.parametrize("width", [64, 67, 100])
-def test_any_shape_is_lossless(width: int) -> None:
+def test_any_shape_is_lossless(width: int, name: str) -> None:
     torch.manual_seed(0)
     dense = torch.nn.Linear(width, 33, bias=False, dtype=torch.bfloat16)
-    layer = QuantLinear.from_linear(dense, "nf4", 64)
+    layer = QuantLinear.from_linear(dense, Storage(name))
     tensors = dict(layer_tensors("p.", layer))
     parts = {name.removeprefix("p.weight."): t for name, t in tensors.items() if name != "p.weight"}
     state = bitsandbytes.functional.QuantState.from_dict(parts, device=CPU)
@@ -112,6 +121,10 @@ def test_layers_in_16_bits_are_named(train: Callable[..., Trained], tmp_path: Pa
     ("quant", "fix"),
     [
         (Quant(format="int8"), "quant.format is int8; train with nf4, or export the merged form"),
+        (Quant(layers={"down_proj": "int8"}), "leave quant.layers out"),
+        (Quant(method="gptq", rotate=True), "set quant.rotate: false"),
+        (Quant(method="awq"), "set quant.method: gptq"),
+        (Quant(group_size="row"), "quant.group_size row is not one of 64"),
         (Quant(format=None), "quant.format is null"),
         (Quant(group_size=32), "take 64, or export the merged form"),
     ],

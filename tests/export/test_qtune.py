@@ -15,13 +15,23 @@ from qtune.export.exporter import Trained, export
 from qtune.export.qtune import QtuneExporter
 from qtune.export.verify import check_logits, reload
 from qtune.model.merge import quant_layers
-from qtune.quant.linear import TENSORS, QuantLinear
+from qtune.model.quant_config import QtuneConfig
+from qtune.quant.linear import QuantLinear
+from qtune.quant.storage import Storage
 from qtune.recipe import Lora, Quant
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("quant", [Quant(), Quant(format="int8", group_size=32)])
+@pytest.mark.parametrize(
+    "quant",
+    [
+        Quant(),
+        Quant(format="int8", group_size=32),
+        Quant(format="int3", group_size="row", layers={"up_proj": "lm2"}),
+    ],
+    ids=["nf4", "int8", "mixed"],
+)
 def test_pair_is_exactly_the_trained_model(
     quant: Quant, train: Callable[..., Trained], rows: list[list[int]], tmp_path: Path
 ) -> None:
@@ -30,7 +40,7 @@ def test_pair_is_exactly_the_trained_model(
     folder = export("qtune", trained, tmp_path / "out")
     stored = load_file(folder / "model.safetensors")
     for name, layer in quant_layers(trained.model).items():
-        for leaf in TENSORS:
+        for leaf in layer.tensor_names:
             assert torch.equal(stored[name.removesuffix("weight") + leaf], getattr(layer, leaf))
     model = reload("qtune", folder, trained.base_folder, CPU)
     assert check_logits(model, trained.model, rows, max_change=0).kl == pytest.approx(0, abs=1e-6)
@@ -40,12 +50,9 @@ def test_config_tells_the_loader_what_to_do(train: Callable[..., Trained], tmp_p
     trained = train("llama", quant=Quant(group_size=32, skip=("lm_head", "down_proj")))
     folder = export("qtune", trained, tmp_path / "out")
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    assert config["quantization_config"] == {
-        "quant_method": "qtune",
-        "format": "nf4",
-        "group_size": 32,
-        "skip": ["lm_head", "down_proj"],
-    }
+    said = QtuneConfig(**config["quantization_config"])
+    assert config["quantization_config"]["quant_method"] == "qtune"
+    assert (said.skip, said.storage("up_proj")) == (["lm_head", "down_proj"], Storage("nf4", 32))
     model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": CPU})
     layers = model.model.layers[0].mlp
     assert isinstance(layers.up_proj, QuantLinear) and layers.up_proj.group_size == 32
@@ -93,3 +100,25 @@ def test_pair_without_a_quantized_base_is_refused(train: Callable[..., Trained])
     (problem,) = QtuneExporter().check(recipe)
     assert "export bf16 or the merged form" in problem
     assert QtuneExporter().check(recipe, "merged") == []
+
+
+def test_merged_form_leaves_out_what_needs_calibration(
+    train: Callable[..., Trained], tmp_path: Path
+) -> None:
+    trained = train("llama")
+    loaded = QtuneConfig(
+        "int4", rotate=True, channels=True, layers={"q_proj": {"format": "nf4", "rotated": True}}
+    )
+    trained.base.config.quantization_config = loaded
+    folder = export("qtune", replace(trained, form="merged"), tmp_path / "out")
+    model = reload("qtune", folder, trained.base_folder, CPU)
+    attention = model.get_submodule("model.layers.0.self_attn")
+    stored = {name: attention.get_submodule(name).storage for name in ("q_proj", "k_proj")}
+    assert stored == {"q_proj": Storage("nf4"), "k_proj": Storage("int4")}
+
+
+def test_merged_form_of_e8p_is_refused(train: Callable[..., Trained]) -> None:
+    quant = Quant(format="e8p", method="gptq")
+    (problem,) = QtuneExporter().check(replace(train().recipe, quant=quant), "merged")
+    assert "export the pair" in problem
+    assert QtuneExporter().check(replace(train().recipe, quant=quant)) == []

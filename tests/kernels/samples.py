@@ -1,4 +1,4 @@
-"""Random quantized matrices for the kernels' tests, and code books of 4, 3 and 2 bits."""
+"""Random quantized matrices for the kernels' tests, code books of 4, 3 and 2 bits, and variants."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from qtune_kernels.packing import code_bits, pack
-from qtune_kernels.scales import Scales, dequantize_scales, quantize_scales
+from qtune_kernels.scales import (
+    ZERO_BITS,
+    Scales,
+    dequantize_scales,
+    linear_scales,
+    pack_zeros,
+    quantize_scales,
+)
 
 # arXiv 2305.14314, appendix E, as float32
 NF4 = (
@@ -32,6 +39,37 @@ NF4 = (
 THREE_BITS = (-1.0, 0.3, -0.55, 0.0, 0.125, -0.2, 0.81, 1.0)
 TWO_BITS = (0.35, -1.0, 1.0, -0.1)
 TABLES = {"nf4": NF4, "3 bits": THREE_BITS, "2 bits": TWO_BITS, "8 bits": ()}
+# levels that are one apart
+COUNTED = {
+    "int4": tuple(float(code) for code in range(16)),
+    "int3": tuple(float(code) for code in range(8)),
+    "int2": tuple(float(code) for code in range(4)),
+    "int4_sym": tuple(float(code - 8) for code in range(16)),
+    "int3_sym": tuple(float(code - 4) for code in range(8)),
+    "int2_sym": (-1.5, -0.5, 0.5, 1.5),
+}
+
+
+class Variant(NamedTuple):
+    """How scales and zero points are stored."""
+
+    scales: str = "dynamic"
+    zeros: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.scales} scales, {self.zeros or 'no'} zeros"
+
+
+PLAIN = Variant()
+# every kind of either at least once, and what formats use
+VARIANTS = [
+    Variant("linear"),
+    Variant("half"),
+    Variant("linear", "codes"),
+    Variant("half", "half"),
+    Variant("float", "float"),
+    Variant("dynamic", "float"),
+]
 
 
 class Sample(NamedTuple):
@@ -45,7 +83,7 @@ class Sample(NamedTuple):
 
     def to(self, device: torch.device) -> "Sample":
         """The same with its tensors on a device."""
-        scales = Scales(*(part.to(device) for part in self.scales))
+        scales = Scales(*(None if part is None else part.to(device) for part in self.scales))
         return self._replace(
             packed=self.packed.to(device), scales=scales, weights=self.weights.to(device)
         )
@@ -58,20 +96,48 @@ def sample(
     *,
     largest: float = 0.025,
     seed: int = 0,
+    variant: Variant = PLAIN,
 ) -> Sample:
-    """A matrix of random codes, of 8 bits where `levels` is empty, with weights up to `largest`."""
+    """A matrix of random codes, of 8 bits where `levels` is empty, with weights up to `largest`.
+
+    With zero points up to 16 times that.
+    """
     generator = torch.Generator().manual_seed(seed)
     num_weights = shape[0] * shape[1]
     bits = code_bits(levels)
     codes = torch.randint(0, 1 << bits, (num_weights,), generator=generator, dtype=torch.uint8)
     num_groups = -(-num_weights // group_size)
     spread = torch.rand(num_groups, generator=generator) * 0.8 + 0.2
-    scales = quantize_scales(spread * largest)
-    values = levels or [(code - 128) / 127 for code in range(256)]
+    values = levels or [code - 128 for code in range(256)]
+    scales = stored_scales(spread * (largest / max(map(abs, values))), variant.scales)
     weights = torch.tensor(values, dtype=torch.float64)[codes.long()]
+    if variant.zeros:
+        zeros, stored = random_zeros(num_groups, bits, variant.zeros, generator)
+        weights -= zeros.double().repeat_interleave(group_size)[:num_weights]
+        scales = scales._replace(zeros=stored)
     weights *= dequantize_scales(scales).double().repeat_interleave(group_size)[:num_weights]
-    packed = pack(codes, bits)
-    return Sample(packed, scales, tuple(levels), group_size, weights.view(shape))
+    return Sample(pack(codes, bits), scales, tuple(levels), group_size, weights.view(shape))
+
+
+def stored_scales(scales: Tensor, kind: str) -> Scales:
+    """Scales, float32 [S], stored in that way."""
+    if kind in ("dynamic", "linear"):
+        return (quantize_scales if kind == "dynamic" else linear_scales)(scales)
+    nothing = scales.new_empty(0)
+    return Scales(scales.half() if kind == "half" else scales, nothing, nothing)
+
+
+def random_zeros(
+    num_zeros: int, bits: int, kind: str, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Zero points of that kind, float32 [num_zeros], and as stored."""
+    if kind == "codes":
+        count = 1 << ZERO_BITS[bits]
+        zeros = torch.randint(0, count, (num_zeros,), generator=generator)
+        return zeros.float(), pack_zeros(zeros, bits)
+    zeros = torch.rand(num_zeros, generator=generator) * (1 << bits) / 2
+    stored = zeros.half() if kind == "half" else zeros
+    return stored.float(), stored
 
 
 def error(result: Tensor, truth: Tensor) -> float:

@@ -51,6 +51,7 @@ def product(kernel: str, tile: Tile, arch: int = 90, bits: int = 4, **ones: int)
     # a launch makes every argument that is 1 a compile-time constant: `ones`
     constants = ones | {
         "bias_ptr": None,
+        "zeros_ptr": None,
         "LOOKUP": "" if bits == 8 else lookup_ptx(LEVELS[bits], torch.bfloat16),
         "BITS": bits,
         "SEGMENTS": STRIP_SEGMENTS[bits],
@@ -70,8 +71,8 @@ def dequantizer(bits: int) -> Request:
         segments = STRIP_SEGMENTS[bits]
         units = PROGRAM_WEIGHTS // segments // SEGMENT
         kernel = "_dequantize_levels_kernel"
-        constants = {"BITS": bits, "SEGMENTS": segments, "UNITS": units}
-    constants |= {"GROUP": 64, "UNIT": 64}
+        constants = {"BITS": bits, "SEGMENTS": segments, "UNITS": units, "FIRST": None}
+    constants |= {"GROUP": 64, "UNIT": 64, "zeros_ptr": None}
     return Request("qtune_kernels.dequantize_triton", kernel, 90, constants, POINTERS, 4, 3, False)
 
 

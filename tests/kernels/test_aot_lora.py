@@ -31,6 +31,7 @@ def product(kernel: str, tile: Tile | None) -> Request:
     assert tile is not None
     constants = {
         "bias_ptr": None,
+        "zeros_ptr": None,
         "LOOKUP": lookup_ptx(NF4, torch.bfloat16),
         "BITS": 4,
         "SEGMENTS": 2,
@@ -47,6 +48,7 @@ def product(kernel: str, tile: Tile | None) -> Request:
 
 def dequantizer() -> Request:
     constants = {"BITS": 4, "SEGMENTS": 2, "GROUP": 64, "UNIT": 64, "UNITS": PROGRAM_WEIGHTS // 128}
+    constants |= {"zeros_ptr": None, "FIRST": None}
     pointers = POINTERS | {"units_a_row": "i32", "gaps": "i32"}
     module, kernel = "qtune_kernels.dequantize_triton", "_dequantize_levels_kernel"
     return Request(module, kernel, 90, constants, pointers, 4, 3, False)

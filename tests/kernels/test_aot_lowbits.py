@@ -1,10 +1,13 @@
-"""Other levels than NF4's in the product for few rows, and quantizing, compiled for sm_90."""
+"""Other levels than NF4's, and zero points, and quantizing, compiled for sm_90."""
+
+from typing import Any
 
 import pytest
 import torch
 from machine_code import MachineCode, Request, compile_all
-from samples import THREE_BITS, TWO_BITS
+from samples import COUNTED, THREE_BITS, TWO_BITS
 
+from qtune_kernels import dequantize_triton
 from qtune_kernels.lookup import decoder
 from qtune_kernels.packing import SEGMENT, STRIP_SEGMENTS, TILE_SEGMENTS, code_bits
 from qtune_kernels.quantize_triton import PROGRAM_WEIGHTS
@@ -17,13 +20,14 @@ FEATURES = 64
 WARP = 32
 
 
-def few_rows(levels: tuple[float, ...], stages: int) -> Request:
+def few_rows(levels: tuple[float, ...], stages: int, zeros: str | None = None) -> Request:
     bits = code_bits(levels)
-    text, unit = decoder(levels, torch.bfloat16)
+    text, unit, base = decoder(levels, torch.bfloat16, zeros is not None)
     constants = {
         "bias_ptr": None,
         "LOOKUP": text,
         "UNIT": unit,
+        "BASE": base,
         "BITS": bits,
         "SEGMENTS": STRIP_SEGMENTS[bits],
         "STRIPS": TILE_SEGMENTS[bits] // STRIP_SEGMENTS[bits],
@@ -32,20 +36,47 @@ def few_rows(levels: tuple[float, ...], stages: int) -> Request:
         "BLOCK_O": FEATURES,
     }
     pointers = SCALES | {"x_ptr": "*bf16", "sums_ptr": "*fp32"}
+    constants, pointers = with_zeros(constants, pointers, zeros)
     module = "qtune_kernels.linear_triton"
     return Request(module, "_few_rows_kernel", 90, constants, pointers, 2, stages, True)
+
+
+def with_zeros(
+    constants: dict[str, Any], pointers: dict[str, str], zeros: str | None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Both with zero points of that type, and scales as they go with them."""
+    if zeros is None:
+        return constants | {"zeros_ptr": None}, pointers
+    return constants, pointers | {"zeros_ptr": zeros, "scale_codes_ptr": "*i8"}
+
+
+def dequantizer(zeros: str | None) -> Request:
+    constants = {"BITS": 4, "SEGMENTS": 2, "GROUP": 64, "UNIT": 64, "FIRST": 0.0}
+    constants |= {"UNITS": dequantize_triton.PROGRAM_WEIGHTS // 2 // SEGMENT}
+    pointers = SCALES | {"levels_ptr": "*fp32", "weights_ptr": "*bf16"}
+    constants, pointers = with_zeros(constants, pointers, zeros)
+    module = "qtune_kernels.dequantize_triton"
+    return Request(module, "_dequantize_levels_kernel", 90, constants, pointers, 4, 3, False)
 
 
 def encoder() -> Request:
     units = PROGRAM_WEIGHTS // 2 // SEGMENT
     constants = {"BITS": 4, "SEGMENTS": 2, "GROUP": 64, "UNIT": 64, "UNITS": units}
+    constants |= {"zeros_ptr": None}
     pointers = TABLES | {"weight_ptr": "*bf16"}
     module = "qtune_kernels.quantize_triton"
     return Request(module, "_encode_levels_kernel", 90, constants, pointers, 4, 3, False)
 
 
-# name -> request, weights in one pass of the loop (encode: in a program), instructions a weight
+WHOLE, FLOAT = "*u8", "*fp32"
+# name -> request, weights in one pass of the loop (others: in a program), instructions a weight
 CASES = {
+    "8 rows, INT4, zeros": (few_rows(COUNTED["int4"], 4, WHOLE), FEATURES * 128, 3.0),
+    "8 rows, INT4, float zeros": (few_rows(COUNTED["int4"], 4, FLOAT), FEATURES * 128, 3.8),
+    "8 rows, INT3, zeros": (few_rows(COUNTED["int3"], 3, WHOLE), FEATURES * 512, 3.4),
+    "8 rows, INT2, zeros": (few_rows(COUNTED["int2"], 4, WHOLE), FEATURES * 256, 3.0),
+    "dequantize INT4": (dequantizer(None), dequantize_triton.PROGRAM_WEIGHTS, 7.7),
+    "dequantize INT4, zeros": (dequantizer(WHOLE), dequantize_triton.PROGRAM_WEIGHTS, 8.8),
     "8 rows, INT4": (few_rows(INT4, 4), FEATURES * SEGMENT * TILE_SEGMENTS[4], 3.0),
     "8 rows, 2 bits": (few_rows(TWO_BITS, 4), FEATURES * SEGMENT * TILE_SEGMENTS[2], 3.2),
     "8 rows, 3 bits": (few_rows(THREE_BITS, 3), FEATURES * SEGMENT * TILE_SEGMENTS[3], 3.7),
@@ -82,5 +113,6 @@ def test_weights_are_decoded_where_tensor_cores_want_them(
 ) -> None:
     opcodes = compiled[case].loop_opcodes
     assert "HMMA" in opcodes
-    # levels that went through shared memory would be stored there, 16 bytes a time
-    assert opcodes.get("STS", 0) <= 8
+    # levels that went through shared memory would be stored there, 16 bytes a time; scales and zero
+    # points of up to eight segments may
+    assert opcodes.get("STS", 0) <= 16

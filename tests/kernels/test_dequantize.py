@@ -2,7 +2,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from samples import TABLES, Sample, error, sample
+from samples import COUNTED, TABLES, VARIANTS, Sample, Variant, error, sample
 
 from qtune_kernels.dequantize import dequantize, plain_into, stored_weights
 from qtune_kernels.packing import from_bitsandbytes, to_bitsandbytes
@@ -47,6 +47,52 @@ def test_plain_pytorch_needs_no_kernel_for_the_processor(shape, levels, group_si
     torch.testing.assert_close(weights.double(), made.weights, rtol=2e-7, atol=0)
 
 
+def is_stored(variant: Variant, levels: tuple[float, ...]) -> bool:
+    """Whether there is such a thing: whole zeros of bytes are not."""
+    return bool(levels) or variant.zeros != "codes"
+
+
+EVERY = COUNTED | {"8 bits": (), "nf4": TABLES["nf4"]}
+CASES = [
+    pytest.param(levels, variant, id=f"{name}, {variant}")
+    for name, levels in EVERY.items()
+    for variant in VARIANTS
+    if is_stored(variant, levels)
+]
+
+
+@pytest.mark.parametrize(("levels", "variant"), CASES)
+@pytest.mark.parametrize("group_size", [64, 16, 100, 13 * 200])
+def test_zeros_are_taken_off_before_scaling(group_size, levels, variant) -> None:
+    made = sample((13, 200), levels, group_size, variant=variant)
+    for plain in (False, True):
+        flat = torch.full((stored_weights(made.packed, levels),), torch.nan)
+        if plain:
+            plain_into(flat, made.packed, made.scales, levels, group_size)
+            weights = flat[: made.weights.numel()].view(13, 200)
+        else:
+            weights = decode(made, torch.float32)
+        # a difference and a product, rounded once each
+        torch.testing.assert_close(weights.double(), made.weights, rtol=2e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize(("levels", "variant"), CASES)
+def test_plain_pytorch_gives_the_bits_that_the_op_gives(levels, variant) -> None:
+    made = sample((130, 200), levels, variant=variant)
+    for dtype in DTYPES:
+        flat = torch.empty(stored_weights(made.packed, levels), dtype=dtype)
+        plain_into(flat, made.packed, made.scales, levels, 64)
+        assert torch.equal(flat[: made.weights.numel()].view(130, 200), decode(made, dtype))
+
+
+@pytest.mark.parametrize("levels", [TABLES["nf4"], TABLES["3 bits"], ()], ids=["4", "3", "8"])
+@pytest.mark.parametrize("group_size", [1, 24, 100, 576, 40_000, 70 * 1000])
+def test_groups_may_be_of_any_size(group_size: int, levels) -> None:
+    made = sample((70, 1000), levels, group_size)
+    weights = decode(made, torch.float32)
+    torch.testing.assert_close(weights.double(), made.weights, rtol=2e-7, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("levels", TABLES.values(), ids=TABLES.keys())
 def test_16_bit_weights_are_the_float32_ones_rounded(levels, dtype) -> None:
@@ -86,9 +132,10 @@ def test_inference_mode_leaves_no_trace() -> None:
 
 @pytest.mark.parametrize("levels", TABLES.values(), ids=TABLES.keys())
 def test_the_op_keeps_the_rules_of_torch(levels) -> None:
-    made = sample((6, 128), levels)
-    arguments = (made.packed, *made.scales, list(levels), 64, 6, 128, torch.bfloat16)
-    torch.library.opcheck(dequantize, arguments)
+    for variant in (Variant(), Variant("half", "half")):
+        made = sample((6, 128), levels, variant=variant)
+        arguments = (made.packed, *made.scales, list(levels), 64, 6, 128, torch.bfloat16)
+        torch.library.opcheck(dequantize, arguments)
 
 
 def test_meta_tensors_have_the_same_shape() -> None:

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 import torch
-from samples import NF4, Sample, error, sample
+from samples import COUNTED, NF4, Sample, Variant, error, sample
 from torch.utils.checkpoint import checkpoint
 
 from qtune_kernels.linear import linear, linear_dx
@@ -46,8 +46,32 @@ def test_outputs_and_gradients_are_as_exact_as_those_of_torch(shape, dtype, leve
         assert error(ours, truth) <= 2 * error(plain, truth) + 1e-7
 
 
+# the first two fit the matrix kernel of some processors
+@pytest.mark.parametrize(
+    ("name", "variant", "shape", "group_size"),
+    [
+        ("int4", Variant("linear", "codes"), (64, 128), 64),
+        ("int3_sym", Variant("half", "half"), (64, 128), 32),
+        ("int2", Variant("linear", "codes"), (7, 100), 100),
+        ("int2_sym", Variant("linear"), (33, 192), 192),
+    ],
+)
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_all_kinds_of_weights_multiply(name, variant, shape, group_size, dtype) -> None:
+    made = sample(shape, COUNTED[name], group_size, variant=variant)
+    x = leaf(40, shape[1], dtype=dtype)
+    y = forward(made, x)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    weights = made.weights.to(dtype)
+    triples = [(y, x @ weights.T, x.detach().double() @ made.weights.T)]
+    triples += [(x.grad, dy @ weights, dy.double() @ made.weights)]
+    for ours, plain, truth in triples:
+        assert error(ours, truth) <= 2 * error(plain, truth) + 1e-7
+
+
 def test_gradients_agree_with_differences() -> None:
-    made = sample((5, 64))
+    made = sample((5, 64), COUNTED["int4"], variant=Variant("linear", "codes"))
     x = leaf(3, 64, dtype=torch.float64)
     bias = leaf(5, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda *leaves: forward(made, *leaves), (x, bias))
@@ -103,8 +127,9 @@ def test_meta_tensors_have_the_same_shapes() -> None:
 
 
 @BITS
-def test_the_ops_keep_the_rules_of_torch(levels) -> None:
-    made = sample(SHAPE, levels)
+@pytest.mark.parametrize("variant", [Variant(), Variant("half", "half")], ids=str)
+def test_the_ops_keep_the_rules_of_torch(variant, levels) -> None:
+    made = sample(SHAPE, levels, variant=variant)
     weight = (made.packed, *made.scales, list(levels), 64)
     torch.library.opcheck(linear, (leaf(3, 192), *weight, 33, leaf(33)))
     torch.library.opcheck(linear, (leaf(3, 192), *weight, 33, None))

@@ -4,7 +4,7 @@ import sys
 import pytest
 import torch
 from int8_samples import activations, decoded
-from samples import Sample, error, sample
+from samples import VARIANTS, Sample, error, sample
 from torch import Tensor
 
 from qtune_kernels.linear import linear, linear_dx
@@ -47,6 +47,14 @@ def test_outputs_are_as_exact_as_those_of_torch(shape, group_size, threshold, dt
     assert error(y, truth) <= 2 * error(plain.to(dtype), truth) + 1e-7
 
 
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.zeros != "codes"], ids=str)
+@pytest.mark.parametrize(("shape", "group_size"), [*LAYOUTS, ((5, 100), 100)])
+def test_all_kinds_of_scales_and_zeros_multiply(shape, group_size, variant) -> None:
+    made = sample(shape, (), group_size, variant=variant)
+    x = activations(11, shape[1])
+    assert error(forward(made, x), decoded(x, 6.0) @ made.weights.T) < 1e-6
+
+
 @pytest.mark.parametrize(("shape", "group_size"), LAYOUTS)
 def test_gradients_pass_the_rounding_straight_through(shape, group_size) -> None:
     made = sample(shape, (), group_size)
@@ -87,7 +95,7 @@ def test_outputs_agree_with_those_of_linear8bitlt(threshold: float) -> None:
         128, 24, has_fp16_weights=False, threshold=threshold
     ).eval()
     layer.state.CB = (made.packed ^ 128).view(torch.int8).view(24, 128)
-    layer.state.SCB = dequantize_scales(made.scales)
+    layer.state.SCB = dequantize_scales(made.scales) * 127
     layer.weight.data, layer.bias.data = layer.state.CB, bias
     truth = decoded(x, threshold) @ made.weights.T + bias.double()
     ours, theirs = forward(made, x, threshold, bias), layer(x)

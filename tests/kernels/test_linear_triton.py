@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from samples import NF4, TABLES, Sample, error, sample
+from samples import COUNTED, NF4, TABLES, VARIANTS, Sample, error, sample
 
 from qtune_kernels.linear_tiles import Tile
 from qtune_kernels.lookup import lookup_ptx
@@ -95,6 +95,26 @@ def test_groups_may_span_segments_and_rows(group_size: int, levels, device) -> N
     assert error(forward(made, x, None, FEW), x.double() @ made.weights.T) < 1e-3
     assert error(forward(made, x, None, MANY), x.double() @ made.weights.T) < 1e-3
     assert error(backward(made, dy, MANY), dy.double() @ made.weights) < 1e-3
+
+
+@pytest.mark.parametrize("levels", [COUNTED[name] for name in ("int4", "int3", "int2_sym")])
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_all_kinds_of_scales_and_zeros_are_as_exact(dtype, variant, levels, device) -> None:
+    made = sample((9, 512), levels, variant=variant).to(device)
+    x, dy = (inputs(3, width, dtype, device) for width in (512, 9))
+    truth, dx_truth = x.double() @ made.weights.T, dy.double() @ made.weights
+    plain = made.weights.to(dtype)
+    limit = 2 * error(x @ plain.T, truth)
+    assert error(forward(made, x, None, FEW), truth) <= limit
+    assert error(forward(made, x, None, MANY), truth) <= limit
+    assert error(backward(made, dy, MANY), dx_truth) <= 2 * error(dy @ plain, dx_truth)
+
+
+def test_bytes_may_have_zeros(device) -> None:
+    made = sample((9, 256), variant=VARIANTS[-1], levels=()).to(device)
+    x = inputs(3, 256, torch.float16, device)
+    assert error(forward(made, x, None, FEW), x.double() @ made.weights.T) < 1e-3
 
 
 @pytest.mark.parametrize("tile", [FEW, MANY], ids=["few rows", "many rows"])

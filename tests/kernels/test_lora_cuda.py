@@ -5,7 +5,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from samples import NF4, Sample, error, sample
+from samples import COUNTED, NF4, Sample, Variant, error, sample
 from torch import Tensor
 from torch.library import CustomOpDef
 
@@ -18,7 +18,11 @@ dequantize_triton = pytest.importorskip("qtune_kernels.dequantize_triton")
 
 # PyTorch's bf16 product on the CPU reads beyond rows that lie apart and are no multiple of 8
 OUT, IN, RANK, SCALING = 40, 256, 8, 1.5
-LEVELS = pytest.mark.parametrize("levels", [NF4, ()], ids=["4 bits", "8 bits"])
+KINDS = pytest.mark.parametrize(
+    ("levels", "variant"),
+    [(NF4, Variant()), ((), Variant()), (COUNTED["int4"], Variant("linear", "codes"))],
+    ids=["4 bits", "8 bits", "zeros"],
+)
 # fused for few rows, fused, dequantized
 NUM_ROWS = pytest.mark.parametrize("num_rows", [3, 20, 300])
 ROOM = pytest.mark.parametrize("room", [0, RANK], ids=["no room", "room"])
@@ -37,11 +41,11 @@ def random_rows(num_rows: int, width: int, room: int, device: torch.device) -> T
     return made.copy_(torch.randn(num_rows, width))
 
 
-@LEVELS
+@KINDS
 @NUM_ROWS
 @ROOM
-def test_forward(room: int, num_rows: int, levels, device) -> None:
-    made = sample((OUT, IN), levels).to(device)
+def test_forward(room: int, num_rows: int, levels, variant, device) -> None:
+    made = sample((OUT, IN), levels, variant=variant).to(device)
     x = random_rows(num_rows, IN, room, device)
     before = x.clone()
     bias = torch.randn(OUT, device=device).bfloat16()
@@ -55,11 +59,11 @@ def test_forward(room: int, num_rows: int, levels, device) -> None:
     assert error(u, narrow.double()) < 1e-3 and torch.equal(x, before)
 
 
-@LEVELS
+@KINDS
 @NUM_ROWS
 @ROOM
-def test_input_gradient(room: int, num_rows: int, levels, device) -> None:
-    made = sample((OUT, IN), levels).to(device)
+def test_input_gradient(room: int, num_rows: int, levels, variant, device) -> None:
+    made = sample((OUT, IN), levels, variant=variant).to(device)
     dy, v = random_rows(num_rows, OUT, room, device), random_rows(num_rows, RANK, 0, device)
     a = torch.randn(RANK, IN, device=device) / 16
     before = dy.clone()

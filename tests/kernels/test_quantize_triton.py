@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from samples import TABLES
+from samples import COUNTED, TABLES
 
 from qtune_kernels import quantize as reference
 
@@ -51,8 +51,23 @@ def test_a_group_with_nan_has_no_largest_magnitude(device) -> None:
 def test_bytes_are_those_of_the_reference(shape, group_size, levels, device) -> None:
     weight = random_weight(shape, torch.bfloat16, device)
     scales = reference.absmax(weight.cpu(), group_size)
-    truth = reference.encode(weight.cpu(), scales, levels, group_size)
-    packed = kernels.encode(weight, scales.to(device), levels, group_size)
+    truth = reference.encode(weight.cpu(), scales, None, levels, group_size)
+    packed = kernels.encode(weight, scales.to(device), None, levels, group_size)
+    assert torch.equal(packed.cpu(), truth)
+
+
+@pytest.mark.parametrize("levels", [*COUNTED.values(), ()], ids=[*COUNTED, "8 bits"])
+@pytest.mark.parametrize("group_size", [32, 100, 7 * 64])
+def test_zeros_and_any_group_size_give_the_bytes_of_the_reference(
+    group_size, levels, device
+) -> None:
+    weight = random_weight((7, 130), torch.bfloat16, device)
+    scales = reference.absmax(weight.cpu(), group_size)
+    assert torch.equal(kernels.absmax(weight, group_size).cpu(), scales)
+    scales /= 2 if levels else 100
+    zeros = torch.rand(len(scales)) * 3
+    truth = reference.encode(weight.cpu(), scales, zeros, levels, group_size)
+    packed = kernels.encode(weight, scales.to(device), zeros.to(device), levels, group_size)
     assert torch.equal(packed.cpu(), truth)
 
 
@@ -60,8 +75,8 @@ def test_bytes_are_those_of_the_reference(shape, group_size, levels, device) -> 
 def test_more_than_one_program_writes(levels, device) -> None:
     weight = random_weight((3, kernels.PROGRAM_WEIGHTS // 2 + 1), torch.float32, device)
     scales = reference.absmax(weight.cpu(), 64)
-    truth = reference.encode(weight.cpu(), scales, levels, 64)
-    assert torch.equal(kernels.encode(weight, scales.to(device), levels, 64).cpu(), truth)
+    truth = reference.encode(weight.cpu(), scales, None, levels, 64)
+    assert torch.equal(kernels.encode(weight, scales.to(device), None, levels, 64).cpu(), truth)
     assert torch.equal(kernels.absmax(weight, 64).cpu(), scales)
 
 
@@ -69,9 +84,9 @@ def test_more_than_one_program_writes(levels, device) -> None:
 def test_scales_of_any_sign_and_size(levels, device) -> None:
     weight = random_weight((6, 64), torch.float32, device)
     scales = torch.tensor([0.0, -0.3, 0.3, 1e-39, 1e30, -0.0])
-    truth = reference.encode(weight.cpu(), scales, levels, 64)
+    truth = reference.encode(weight.cpu(), scales, None, levels, 64)
     with np.errstate(over="ignore"):
-        packed = kernels.encode(weight, scales.to(device), levels, 64)
+        packed = kernels.encode(weight, scales.to(device), None, levels, 64)
     assert torch.equal(packed.cpu(), truth)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from samples import TABLES, Sample, sample
+from samples import COUNTED, TABLES, VARIANTS, Sample, sample
 from torch import Tensor
 
 from qtune_kernels.lookup import decoder
@@ -13,6 +13,7 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 
+from qtune_kernels.dequantize_triton import load_offset  # noqa: E402
 from qtune_kernels.weight_tiles_triton import strip_scales, strip_weights  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -32,6 +33,7 @@ def _strip_kernel(
     scale_codes_ptr,
     scale_scales_ptr,
     scale_offset_ptr,
+    zeros_ptr,
     scale_map_ptr,
     num_features,
     row_tiles,
@@ -41,6 +43,7 @@ def _strip_kernel(
     STRIPS: tl.constexpr,
     GROUP: tl.constexpr,
     UNIT: tl.constexpr,
+    BASE: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ):
     """One strip of all rows: weights [strips, segments, BLOCK_O, 64], scales [.., BLOCK_O]."""
@@ -50,19 +53,23 @@ def _strip_kernel(
     tile = feature * row_tiles + number // STRIPS
     weights = strip_weights(
         packed_ptr,
+        zeros_ptr,
         tile,
         number % STRIPS,
         column,
-        live[:, None],
+        live,
         LOOKUP,
         BITS,
         SEGMENTS,
+        GROUP,
+        UNIT,
+        BASE,
         weights_ptr.dtype.element_ty,
     )
     scales = strip_scales(
         scale_codes_ptr,
         scale_scales_ptr,
-        tl.load(scale_offset_ptr),
+        load_offset(scale_codes_ptr, scale_offset_ptr),
         scale_map_ptr,
         feature * (row_tiles * STRIPS) + number,
         live,
@@ -80,7 +87,8 @@ def strips(made: Sample, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Unscaled weights [O, I] in `dtype`, and scales float32 [16, I / 64], as kernels see them."""
     width, bits = made.weights.shape[1], code_bits(made.levels)
     per_strip, per_tile = STRIP_SEGMENTS[bits], TILE_SEGMENTS[bits]
-    made_by, device = decoder(made.levels, dtype), made.packed.device
+    made_by = decoder(made.levels, dtype, made.scales.zeros is not None)
+    device = made.packed.device
     weights = torch.full((width // 64, 16, 64), torch.nan, dtype=dtype, device=device)
     scales = torch.full((width // 64, 16), torch.nan, device=device)
     _strip_kernel[(width // 64 // per_strip,)](
@@ -97,6 +105,7 @@ def strips(made: Sample, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         STRIPS=per_tile // per_strip,
         GROUP=made.group_size,
         UNIT=made_by.unit,
+        BASE=made_by.base,
         BLOCK_O=16,
     )
     return weights[:, :FEATURES].transpose(0, 1).flatten(1), scales.T
@@ -108,7 +117,7 @@ def test_weights_are_the_levels_of_the_codes(dtype: torch.dtype, levels, device)
     made = sample((FEATURES, 1024), levels).to(device)
     codes = unpack(made.packed, code_bits(levels), FEATURES * 1024).view(FEATURES, 1024)
     unit = decoder(levels, dtype).unit
-    table = levels or [(code - 128) / 127 for code in range(256)]
+    table = levels or [code - 128 for code in range(256)]
     # what is multiplied by the unit is exact; a table's levels are rounded once
     right = (torch.tensor(table, dtype=torch.float64, device=device) / unit).to(dtype)
     assert torch.equal(strips(made, dtype)[0], right[codes.long()])
@@ -133,3 +142,25 @@ def test_rows_that_do_not_exist_read_no_scale(levels, device) -> None:
     nothing = made.scales.offset * decoder(levels, torch.float16).unit
     torch.testing.assert_close(scales[FEATURES:], nothing.expand(3, 8))
     assert (scales[:FEATURES] > 0).all()
+
+
+@pytest.mark.parametrize("levels", COUNTED.values(), ids=COUNTED.keys())
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@DTYPES
+def test_zeros_are_taken_off_before_scaling(dtype, variant, levels, device) -> None:
+    made = sample((FEATURES, 512), levels, 128, variant=variant).to(device)
+    weights, scales = strips(made, dtype)
+    # in units of what is multiplied by the scale
+    truth = made.weights / scales[:FEATURES].double().repeat_interleave(64, 1)
+    rounding = 0.0 if variant.zeros in (None, "codes") else torch.finfo(dtype).eps / 2
+    # the last difference is rounded, and what is less than half a 16th before; scales have an error
+    limits = {"rtol": rounding + 3e-7, "atol": rounding / 32 + 1e-9}
+    torch.testing.assert_close(weights.double(), truth, **limits)
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.zeros != "codes"], ids=str)
+def test_bytes_have_zeros_too(variant, device) -> None:
+    made = sample((FEATURES, 512), (), variant=variant).to(device)
+    weights, scales = strips(made, torch.float16)
+    truth = made.weights / scales[:FEATURES].double().repeat_interleave(64, 1)
+    torch.testing.assert_close(weights.double(), truth, rtol=2**-11, atol=2**-16)

@@ -20,6 +20,7 @@ from qtune.model.forward import forward_hidden, forward_logits
 from qtune.model.head import Head, losses_of_targets, measuring, output_head
 from qtune.model.load import register
 from qtune.quant.linear import QuantLinear
+from qtune.quant.storage import Storage
 
 VOCABULARY = 97
 SMALL: dict[str, Any] = {
@@ -172,7 +173,7 @@ def test_on_meta_the_configuration_is_believed_and_quantized_heads_are_not() -> 
         model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["llama"](**SMALL))
     model.requires_grad_(False)
     assert output_head(model) is not None
-    model.lm_head = QuantLinear(32, VOCABULARY, group_size=32, device="meta")
+    model.lm_head = QuantLinear(32, VOCABULARY, storage=Storage(group_size=32), device="meta")
     assert output_head(model) is None
 
 

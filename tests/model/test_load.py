@@ -187,6 +187,15 @@ def test_folder_quantized_otherwise_is_refused(tmp_path: Path) -> None:
         load(tmp_path / "packed", format="nf4")
     with pytest.raises(UserError, match="already quantized, with group_size 64 and not 32"):
         load(tmp_path / "packed", format="int8", group_size=32)
+    with pytest.raises(UserError, match=r"already quantized, with layers .*q_proj"):
+        load(tmp_path / "packed", format="int8", layers={"q_proj": "int4"})
+    with pytest.raises(UserError, match="already quantized, with rotate False and not True"):
+        load(tmp_path / "packed", format="int8", method="gptq", rotate=True)
+
+
+def test_method_that_needs_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"quant\.method: gptq measures the model on text"):
+        load(save(tmp_path), method="gptq")
 
 
 def test_adapter_has_the_settings_of_the_recipe(tmp_path: Path) -> None:

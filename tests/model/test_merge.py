@@ -295,11 +295,31 @@ def test_adapter_that_is_merged_in_place_is_an_error(write: Callable[..., Path])
         merged_tensors(folder, model, "dequantized")
 
 
+def test_trained_scales_are_merged_onto_codes_alone(write: Callable[..., Path]) -> None:
+    folder = write()
+    base = load_base(folder, Quant(), device=CPU)
+    model = shake(add_adapter(base, Lora(rank=4, alpha=8)))
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    layer.train_scales(zeros=False)
+    with torch.no_grad():
+        layer.trained_scales.scales.mul_(1.5)
+    tuned = layer.trained_scales.tuned(layer.quantized)
+    layer.trained_scales = None
+    layer.settle(tuned)
+    with pytest.raises(UserError, match="trained scales and zero points are those of codes"):
+        merged_tensors(folder, model, "original")
+    name = "model.layers.0.mlp.up_proj"
+    merged = dict(merged_tensors(folder, model, "dequantized"))
+    weight = tuned.dequantize(torch.float32).double()
+    check_merge(merged, name, weight + 2 * delta(model, name))
+
+
+@pytest.mark.parametrize("quant", [Quant(), Quant(format="int4", group_size="row")], ids=str)
 def test_quantized_folder_has_no_original_weights(
-    write: Callable[..., Path], tmp_path: Path
+    quant: Quant, write: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = write()
-    load_base(folder, Quant(), device=CPU).save_pretrained(tmp_path / "quantized")
+    load_base(folder, quant, device=CPU).save_pretrained(tmp_path / "quantized")
     base = load_base(tmp_path / "quantized", None, device=CPU)
     model = shake(add_adapter(base, Lora(rank=4, alpha=8)))
     with pytest.raises(UserError, match="no original weights"):

@@ -12,7 +12,7 @@ from qtune.errors import UserError
 from qtune.model import prequantized
 from qtune.model.load import load_base
 from qtune.quant.linear import QuantLinear
-from qtune.recipe import Quant
+from qtune.recipe import Calibration, Quant
 
 CPU = torch.device("cpu")
 
@@ -103,6 +103,16 @@ def test_loading_is_as_usual_behind_it(tiny_model):
     quantized_folder(tiny_model, Quant())
     model = load_base(tiny_model, Quant(), device=CPU)
     assert not any(p.is_meta for p in model.parameters())
+
+
+def test_method_that_needs_text_is_refused(tiny_model):
+    with pytest.raises(UserError, match="gptq measures the model on text"):
+        quantized_folder(tiny_model, Quant(method="gptq"))
+
+
+def test_what_concerns_text_alone_makes_no_other_folder(tiny_model):
+    other = Quant(calibration=Calibration(tokens=99))
+    assert quantized_folder(tiny_model, other) == quantized_folder(tiny_model, Quant())
 
 
 def test_incomplete_model_is_named_and_leaves_nothing(tiny_model, tmp_path):

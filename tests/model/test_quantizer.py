@@ -24,7 +24,9 @@ from qtune.model import load, quantizer
 from qtune.model.fused import fuse
 from qtune.model.quantizer import QtuneConfig, quantized_on_meta
 from qtune.quant.format import format_names
-from qtune.quant.linear import TENSORS, QuantLinear
+from qtune.quant.linear import QuantLinear
+from qtune.quant.storage import Storage
+from qtune.quant.vector_linear import layer_type
 
 SMALL: dict[str, Any] = {
     "vocab_size": 97,
@@ -72,13 +74,15 @@ def logits(model: nn.Module) -> torch.Tensor:
 @pytest.mark.parametrize("name", format_names())
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_packs_what_from_linear_packs(tmp_path: Path, family: str, name: str) -> None:
-    dense = save_dense(tmp_path, family)
+    # a word of e8p is for eight weights of a row
+    dense = save_dense(tmp_path, family, intermediate_size=104 if name == "e8p" else 100)
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     model = read(tmp_path, QtuneConfig(format=name))
     packed = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
     assert len(packed) == 14
     for layer_name, layer in packed.items():
-        expected = QuantLinear.from_linear(dense.get_submodule(layer_name), name, 64)
+        storage = Storage(name)
+        expected = layer_type(storage).from_linear(dense.get_submodule(layer_name), storage)
         for key, tensor in expected.state_dict().items():
             assert torch.equal(layer.state_dict()[key], tensor), (layer_name, key)
         dense.set_submodule(layer_name, expected)
@@ -93,7 +97,7 @@ def test_saved_model_loads_again_bit_for_bit(tmp_path: Path, tied: bool) -> None
     model.save_pretrained(tmp_path / "packed")
     settings = json.loads((tmp_path / "packed/config.json").read_text())["quantization_config"]
     assert settings.pop("skip") == ["lm_head"]
-    assert settings == {"quant_method": "qtune", "format": "nf4", "group_size": 64}
+    assert settings.items() >= {"quant_method": "qtune", "format": "nf4", "group_size": 64}.items()
     again = read(tmp_path / "packed")
     state, state_again = model.state_dict(), again.state_dict()
     assert state.keys() == state_again.keys()
@@ -144,7 +148,7 @@ def test_everything_is_frozen_but_what_stays_dense(tmp_path: Path) -> None:
     save_dense(tmp_path)
     model = read(tmp_path, QtuneConfig())
     names = {n for n, p in model.named_parameters() if p.dtype == torch.uint8}
-    assert len(names) == 14 * len(TENSORS)
+    assert len(names) == 14 * 4
     assert not any(dict(model.named_parameters())[name].requires_grad for name in names)
     assert not any(parameter.is_meta for parameter in model.parameters())
 
@@ -184,12 +188,6 @@ def test_same_layers_on_meta(tmp_path: Path) -> None:
     assert {name: (p.shape, p.dtype) for name, p in planned.named_parameters()} == shapes
 
 
-@pytest.mark.parametrize("size", [0, 8, 48, 100, -64])
-def test_group_size_that_groups_cannot_have(size: int) -> None:
-    with pytest.raises(UserError, match=rf"group_size \({size}\) must be a power of two"):
-        QtuneConfig(group_size=size)
-
-
 def test_group_size_that_fits_no_layer(tmp_path: Path) -> None:
     save_dense(tmp_path)
     with pytest.raises(
@@ -198,9 +196,18 @@ def test_group_size_that_fits_no_layer(tmp_path: Path) -> None:
         read(tmp_path, QtuneConfig(group_size=128))
 
 
-def test_unknown_format() -> None:
-    with pytest.raises(UserError, match=r"unknown format 'nf5'"):
-        QtuneConfig(format="nf5")
+def test_every_layer_is_stored_as_the_configuration_says(tmp_path: Path) -> None:
+    dense = save_dense(tmp_path)
+    layers = {"down_proj": {"format": "int2", "group_size": 32}, "layers.1.mlp": {"rotated": True}}
+    config = QtuneConfig("int4", layers=layers)
+    model = read(tmp_path, config)
+    packed = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    assert {n: m.storage for n, m in packed.items()} == {n: config.storage(n) for n in packed}
+    for name, layer in packed.items():
+        expected = QuantLinear.from_linear(dense.get_submodule(name), config.storage(name))
+        assert torch.equal(layer.dequantize(), expected.dequantize())
+    model.save_pretrained(tmp_path / "packed")
+    assert torch.equal(logits(read(tmp_path / "packed")), logits(model))
 
 
 def test_model_without_linear_layers() -> None:
@@ -229,7 +236,7 @@ def test_weights_handed_over_in_memory_survive(tmp_path: Path) -> None:
 def test_releasing_pages_loses_nothing(tmp_path: Path) -> None:
     private = torch.randn(1 << 16)
     copy = private.clone()
-    quantizer._release_pages(private)
+    quantizer.release_pages(private)
     assert torch.equal(private, copy)
     save_dense(tmp_path, hidden_size=128, intermediate_size=512)
     for file in tmp_path.glob("*.safetensors"):
@@ -237,7 +244,7 @@ def test_releasing_pages_loses_nothing(tmp_path: Path) -> None:
             for name in shard.keys():  # noqa: SIM118
                 mapped = shard.get_tensor(name)
                 copy = mapped.clone()
-                quantizer._release_pages(mapped)
+                quantizer.release_pages(mapped)
                 assert torch.equal(mapped, copy)
 
 

@@ -9,20 +9,28 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from qtune.data.calibration import Text
+from qtune.model import start
+from qtune.model.calibrated import calibrated_folder
 from qtune.model.load import add_adapter, load_base
 from qtune.model.sharded import load_adapted
 from qtune.recipe import Data, Lora, Quant, Recipe, Train
 
 CPU = torch.device("cpu")
-# by name: sections of the recipe, and whether the head is tied to the embeddings
+# by name: sections of the recipe, and the model: with a tied head, without one, or calibrated
 CASES = {
-    "nf4": ({}, {}, True),
+    "nf4": ({}, {}, "tied"),
     "int8, dora, trained head": (
         {"format": "int8", "group_size": 32},
         {"dora": True, "modules_to_save": ["lm_head"]},
-        False,
+        "untied",
     ),
-    "16 bits": ({"format": None}, {}, True),
+    "16 bits": ({"format": None}, {}, "tied"),
+    "calibrated": (
+        {"format": "int4", "method": "gptq", "rotate": True, "group_size": 32},
+        {"init": "cloq"},
+        "calibrated",
+    ),
 }
 RANKS = """
 import json, sys
@@ -78,14 +86,19 @@ def models(tiny_model, tmp_path_factory):
     config = AutoConfig.from_pretrained(tiny_model, tie_word_embeddings=False)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(untied)
-    return {True: tiny_model, False: untied}
+    quant, lora, _ = CASES["calibrated"]
+    recipe, text = recipe_of(tiny_model, quant, lora), Text([list(range(3, 60))], "rows")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QTUNE_CACHE", str(untied / "cache"))
+        calibrated = calibrated_folder(tiny_model, recipe, lambda: text, device=CPU)
+    return {"tied": tiny_model, "untied": untied, "calibrated": calibrated}
 
 
 @pytest.fixture(scope="module")
 def loaded(models, tmp_path_factory):
     """The folder in which two processes left what they had loaded."""
     folder = tmp_path_factory.mktemp("loaded")
-    cases = [(str(models[tied]), quant, lora) for quant, lora, tied in CASES.values()]
+    cases = [(str(models[kind]), quant, lora) for quant, lora, kind in CASES.values()]
     (folder / "cases.json").write_text(json.dumps(cases))
     (folder / "ranks.py").write_text(RANKS)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -101,11 +114,13 @@ def loaded(models, tmp_path_factory):
 def test_slices_are_those_of_the_whole_model(name, loaded, models):
     from safetensors.torch import load_file
 
-    quant, lora, tied = CASES[name]
+    quant, lora, kind = CASES[name]
     number = list(CASES).index(name)
     torch.manual_seed(5)
-    base = load_base(models[tied], Quant(**quant), device=CPU)
-    expected = add_adapter(base, recipe_of(models[tied], quant, lora).lora)
+    base = load_base(models[kind], Quant(**quant), device=CPU)
+    expected = add_adapter(base, recipe_of(models[kind], quant, lora).lora)
+    if kind == "calibrated":
+        start.put(expected, models[kind] / start.FILE)
     found = load_file(loaded / f"{number}.safetensors")
     wanted = dict(expected.named_parameters()) | dict(expected.named_buffers())
     assert found.keys() == wanted.keys()
@@ -115,7 +130,7 @@ def test_slices_are_those_of_the_whole_model(name, loaded, models):
     for rank in (0, 1):
         facts = json.loads((loaded / f"{number}-{rank}.json").read_text())
         assert facts.pop("own bytes") == pytest.approx(size / 2, rel=0.01)
-        assert facts == {"sharded": True, "on meta": [], "tied": tied}
+        assert facts == {"sharded": True, "on meta": [], "tied": kind != "untied"}
 
 
 def test_quantized_form_is_made_once(loaded):

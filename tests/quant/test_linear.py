@@ -15,24 +15,56 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from qtune.quant.format import format_names, load_format
-from qtune.quant.linear import TENSORS, QuantLinear, unpacked
-from qtune.quant.weight import storage_bytes
+from qtune.quant.format import Params, format_names
+from qtune.quant.linear import QuantLinear, unpacked
+from qtune.quant.storage import Storage
+from qtune.quant.weight import fit, storage_bytes
+from qtune_kernels.packing import unpack
 
-NAMES = format_names()
+# e8p is a layer of its own kind
+NAMES = [name for name in format_names() if name != "e8p"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # in, out: groups per row, rows that share groups, a tail, less than one group
 SIZES = [(128, 192), (100, 33), (77, 13), (5, 3)]
 
 
+STORAGES: dict[str, Storage] = {
+    **{name: Storage(name) for name in NAMES},
+    "rotated": Storage("int4", rotated=True),
+    "channels": Storage("int4", channels=True),
+    "rotated channels": Storage("nf4", rotated=True, channels=True),
+    "half": Storage("int3", scales="half", zeros="half"),
+    "float": Storage("lm4", scales="float", zeros="float"),
+    "row": Storage("int8", "row"),
+    "tensor": Storage("int4_sym", "tensor"),
+    "32": Storage("int2", 32),
+    "rotated halves in rows": Storage("int2_sym", "row", rotated=True, scales="half"),
+}
+EVERY = pytest.mark.parametrize("storage", STORAGES.values(), ids=STORAGES)
+INNER = pytest.mark.parametrize(
+    "storage",
+    [
+        Storage(name, rotated=rotated, channels=channels)
+        for name in ("int4", "nf4")
+        for rotated in (False, True)
+        for channels in (False, True)
+    ],
+    ids=str,
+)
+
+
 def make(
     size: tuple[int, int] = (128, 192),
     dtype: torch.dtype = torch.float32,
-    name: str = "nf4",
+    storage: Storage = STORAGES["nf4"],
     bias: bool = True,
 ) -> QuantLinear:
     torch.manual_seed(0)
-    return QuantLinear.from_linear(nn.Linear(*size, bias=bias, dtype=dtype), name, 64)
+    dense = nn.Linear(*size, bias=bias, dtype=dtype)
+    layer = QuantLinear.from_linear(dense, storage)
+    if storage.channels:
+        layer.load(layer.pack(dense.weight, torch.rand(size[0]) + 0.5))
+    return layer
 
 
 def step(layer: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,22 +76,22 @@ def step(layer: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> tuple[Tens
     return y.detach(), x.grad
 
 
-def stored(layer: nn.Module) -> dict[str, Tensor]:
-    return {name: getattr(layer, name).detach().clone() for name in TENSORS}
+def stored(layer: QuantLinear) -> dict[str, Tensor]:
+    return {name: getattr(layer, name).detach().clone() for name in layer.tensor_names}
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@EVERY
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_forward_and_dx_against_float64(
-    size: tuple[int, int], dtype: torch.dtype, bias: bool, name: str
+    size: tuple[int, int], dtype: torch.dtype, storage: Storage
 ) -> None:
-    layer = make(size, dtype, name, bias)
+    bias = size[0] % 2 == 0
+    layer = make(size, dtype, storage, bias)
     dense = nn.Linear(*size, bias=bias, dtype=dtype)
     truth = nn.Linear(*size, bias=bias, dtype=torch.float64)
     dense.weight.data = layer.dequantize(dtype)
@@ -71,13 +103,16 @@ def test_forward_and_dx_against_float64(
     found, plain = step(layer, x, dy), step(dense, x, dy)
     for ours, theirs, right in zip(found, plain, exact, strict=True):
         assert ours.dtype == dtype and ours.shape == right.shape
-        allowed = 2 * (theirs.double() - right).norm() + 1e-7 * right.norm()
+        allowed = 2 * (theirs.double() - right).norm() + 1e-6 * right.norm()
+        if storage.rotated or storage.channels:
+            # inner inputs are rounded once more, and again where they are rotated
+            allowed += 2 * torch.finfo(dtype).eps * right.norm()
         assert (ours.double() - right).norm() <= allowed
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_only_codes_are_kept_for_backward(name: str) -> None:
-    layer = make(name=name)
+@EVERY
+def test_only_what_is_stored_is_kept_for_backward(storage: Storage) -> None:
+    layer = make(storage=storage)
     kept: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -89,7 +124,7 @@ def test_only_codes_are_kept_for_backward(name: str) -> None:
         y = layer(x)
     own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
     assert kept
-    assert all(tensor.untyped_storage().data_ptr() in own for tensor in kept)
+    assert all(t.untyped_storage().data_ptr() in own or not t.numel() for t in kept)
     y.sum().backward()
     assert all(parameter.grad is None for parameter in layer.parameters())
 
@@ -98,7 +133,7 @@ def test_everything_is_frozen_and_codes_are_bytes() -> None:
     layer = make()
     assert not any(parameter.requires_grad for parameter in layer.parameters())
     assert not list(layer.buffers())
-    assert all(getattr(layer, name).dtype == torch.uint8 for name in TENSORS)
+    assert all(getattr(layer, name).dtype == torch.uint8 for name in layer.tensor_names)
     assert not layer(torch.randn(2, 128)).requires_grad
 
 
@@ -133,7 +168,7 @@ def test_inputs_that_are_not_contiguous() -> None:
 
 def test_layers_do_not_share_results() -> None:
     # the temporary matrix is one buffer for all layers: results must not point into it
-    first, second = make(), make((128, 192), name="int8")
+    first, second = make(), make((128, 192), storage=Storage("int8"))
     x = torch.randn(4, 128)
     y, weight = first(x), first.dequantize()
     kept = y.clone(), weight.clone()
@@ -155,40 +190,43 @@ def test_checkpointing_changes_nothing(reentrant: bool) -> None:
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["nf4", "int8", "rotated channels", "half"])
 def test_compiles_to_one_graph(name: str) -> None:
-    block = nn.Sequential(make(name=name), nn.SiLU(), make((192, 128), name=name))
+    torch.compiler.reset()
+    storage = STORAGES[name]
+    block = nn.Sequential(make(storage=storage), nn.SiLU(), make((192, 128), storage=storage))
     x, dy = torch.randn(4, 128), torch.randn(4, 128)
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
     expected, found = step(block, x, dy), step(compiled, x, dy)
-    assert torch.allclose(found[0], expected[0]) and torch.allclose(found[1], expected[1])
+    assert torch.allclose(found[0], expected[0], atol=1e-6)
+    assert torch.allclose(found[1], expected[1], atol=1e-6)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_on_meta(name: str) -> None:
-    layer = QuantLinear(100, 33, True, format_name=name, device="meta")
-    sizes = storage_bytes(3300, load_format(name), 64)
-    assert {n: getattr(layer, n).nbytes for n in TENSORS} == sizes
+@EVERY
+def test_on_meta(storage: Storage) -> None:
+    layer = QuantLinear(100, 33, True, storage=storage, device="meta")
+    sizes = storage_bytes((33, 100), storage)
+    assert {n: getattr(layer, n).nbytes for n in layer.tensor_names} == sizes
     y = layer(torch.empty(2, 5, 100, device="meta", dtype=torch.bfloat16, requires_grad=True))
     assert (y.device.type, y.shape, y.dtype) == ("meta", (2, 5, 33), torch.bfloat16)
     y.sum().backward()
     with torch.device("meta"):
-        assert QuantLinear(100, 33, format_name=name).weight.is_meta
+        assert QuantLinear(100, 33, storage=storage).weight.is_meta
 
 
 def test_from_linear_on_meta() -> None:
-    layer = QuantLinear.from_linear(nn.Linear(100, 33, device="meta"), "nf4", 64)
+    layer = QuantLinear.from_linear(nn.Linear(100, 33, device="meta"))
     assert all(parameter.is_meta for parameter in layer.parameters())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@EVERY
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_state_dict_round_trip(name: str, size: tuple[int, int]) -> None:
-    layer = make(size, name=name)
+def test_state_dict_round_trip(storage: Storage, size: tuple[int, int]) -> None:
+    layer = make(size, storage=storage)
     file = io.BytesIO()
     torch.save(layer.state_dict(), file)
     file.seek(0)
-    other = QuantLinear(*size, True, format_name=name, compute_dtype=torch.float32)
+    other = QuantLinear(*size, True, storage=storage, compute_dtype=torch.float32)
     other.load_state_dict(torch.load(file, weights_only=True), strict=True)
     assert same(stored(layer), stored(other))
     x = torch.randn(3, size[0])
@@ -282,31 +320,148 @@ def test_what_other_libraries_ask_of_it() -> None:
     before = stored(layer)
     layer.reset_parameters()
     assert same(before, stored(layer))
-    assert "format=nf4, group_size=64" in repr(layer)
+    assert "format='nf4', group_size=64" in repr(layer)
 
 
 def test_half_precision_layer_keeps_its_bias() -> None:
     dense = nn.Linear(64, 64, dtype=torch.bfloat16)
-    layer = QuantLinear.from_linear(dense, "nf4", 64)
+    layer = QuantLinear.from_linear(dense)
     assert layer.bias is not None and torch.equal(layer.bias, dense.bias)
     assert layer.compute_dtype == torch.bfloat16 and not layer.bias.requires_grad
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_unpacked_weights_give_the_same_bits(name: str) -> None:
-    layer = QuantLinear.from_linear(nn.Linear(100, 33).bfloat16(), name, 64)
+@EVERY
+def test_unpacked_weights_give_the_same_bits(storage: Storage) -> None:
+    layer = QuantLinear.from_linear(nn.Linear(100, 33).bfloat16(), storage)
     x = torch.randn(5, 100).bfloat16()
     y = layer(x)
     with unpacked(nn.Sequential(layer)):
         assert layer.dense is not None
         assert torch.equal(layer(x), y)
         assert layer(x.float()).dtype == torch.float32
-        assert set(layer.state_dict()) == {*TENSORS, "bias"}
+        assert set(layer.state_dict()) == {*layer.tensor_names, "bias"}
     assert layer.dense is None
 
 
 def test_no_weights_are_unpacked_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = QuantLinear.from_linear(nn.Linear(64, 64), "nf4", 64)
+    layer = QuantLinear.from_linear(nn.Linear(64, 64))
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1))
+    with unpacked(layer):
+        assert layer.dense is None
+
+
+def rotation(size: int) -> Tensor:
+    """R, float64 [I, I], of a layer whose weight is not changed by anything but it."""
+    layer = QuantLinear(size, 1, storage=Storage(rotated=True), device="meta")
+    return layer.inner_input(torch.eye(size, dtype=torch.float64))
+
+
+@INNER
+def test_inner_weights_and_inputs_have_the_product_of_the_plain(storage: Storage) -> None:
+    layer = make((96, 40), storage=storage)
+    x, weight = torch.randn(3, 7, 96), torch.randn(40, 96)
+    inner = layer.inner_input(x) @ layer.inner_weight(weight).T
+    assert torch.allclose(inner, x @ weight.T, atol=1e-4)
+    plain = not (storage.rotated or storage.channels)
+    assert plain == torch.equal(layer.inner_input(x), x)
+    assert plain == (layer.inner_weight(weight) is weight)
+
+
+@INNER
+def test_inner_weight_and_hessian_against_matrices(storage: Storage) -> None:
+    layer, eye = make((96, 40), storage=storage), torch.eye(96, dtype=torch.float64)
+    factors = torch.ones(96, dtype=torch.float64)
+    if layer.channel_factors is not None:
+        factors = layer.channel_factors.double()
+    forward = factors.diag() @ (rotation(96) if storage.rotated else eye)
+    x, weight = torch.randn(200, 96).double(), torch.randn(40, 96).double()
+    assert torch.allclose(layer.inner_input(x), x @ forward)
+    found = layer.inner_weight(weight.float()).double()
+    assert torch.allclose(found, weight @ torch.linalg.inv(forward).T, atol=1e-5)
+    hessian = x.T @ x / 200
+    expected = forward.T @ hessian @ forward
+    assert torch.allclose(layer.inner_hessian(hessian.float()).double(), expected, atol=1e-5)
+
+
+@INNER
+def test_dequantized_is_what_the_inner_weight_does(storage: Storage) -> None:
+    layer = make((96, 40), storage=storage, bias=False)
+    x = torch.randn(3, 96)
+    inner = layer.dequantize_inner(torch.float32)
+    back = layer.dequantize(torch.float32)
+    assert torch.allclose(layer.inner_weight(back), inner, atol=1e-6)
+    assert torch.allclose(layer(x), x @ back.T, atol=1e-5)
+
+
+@INNER
+def test_an_adapter_sees_plain_inputs(storage: Storage) -> None:
+    layer = make((96, 40), storage=storage)
+    x, a = torch.randn(5, 96), torch.randn(4, 96, requires_grad=True)
+    u = layer.inner_input(x) @ layer.inner_a(a).T
+    assert torch.allclose(u, x @ a.T, atol=1e-4)
+    du = torch.randn(5, 4)
+    (da,) = torch.autograd.grad(u, a, du)
+    assert torch.allclose(da, du.T @ x, atol=1e-4)
+    half = layer.inner_a(a.bfloat16())
+    assert half.dtype == torch.bfloat16
+
+
+@EVERY
+def test_settled_and_stored_is_packed(storage: Storage) -> None:
+    torch.manual_seed(0)
+    weight, factors = torch.randn(40, 96), torch.rand(96) + 0.5
+    layer = make((96, 40), storage=storage, bias=False)
+    channels = factors if storage.channels else None
+    packed = layer.pack(weight, channels)
+    inner = layer.inner_weight(weight, channels)
+    settled = layer.settle(fit(inner.flatten(), layer.format, layer.group_size))
+    codes = unpack(packed["weight"], layer.format.bits, 40 * 96).view(40, 96)
+    stored = layer.store(codes, settled, channels)
+    assert stored.keys() == packed.keys() == set(layer.tensor_names)
+    assert all(torch.equal(stored[name], packed[name]) for name in stored)
+    assert settled.params.scales.shape == (-(-40 * 96 // layer.group_size),)
+
+
+def test_codes_and_parameters_decode_as_they_were_stored() -> None:
+    layer = make((128, 8), storage=Storage("int3"), bias=False)
+    codes = torch.randint(0, 8, (8, 128), dtype=torch.uint8)
+    settled = layer.settle(Params(torch.rand(16) * 0.1 + 0.05, torch.randint(0, 8, (16,)).float()))
+    layer.load(layer.store(codes, settled))
+    scales, zeros = settled.params
+    assert zeros is not None
+    expected = (codes.view(16, 64).double() - zeros.double()[:, None]) * scales.double()[:, None]
+    found = layer.dequantize(torch.float32).double().view(16, 64)
+    assert torch.allclose(found, expected, rtol=1e-6)
+
+
+def test_channel_factors_are_stored_as_halves_and_kept() -> None:
+    layer = make((96, 40), storage=Storage("int4", channels=True), bias=False)
+    weight = torch.randn(40, 96)
+    factors = torch.linspace(0.1, 3, 96)
+    layer.load(layer.pack(weight, factors))
+    assert layer.channel_factors is not None
+    assert torch.equal(layer.channel_factors, factors.half())
+    layer.quantize(weight * 2)
+    assert torch.equal(layer.channel_factors, factors.half())
+    layer.load(layer.pack(weight))
+    assert torch.equal(layer.channel_factors, torch.ones(96).half())
+    assert (layer.dequantize(torch.float32) - weight).norm() < 0.12 * weight.norm()
+
+
+@pytest.mark.parametrize("group_size", [32, "row"])
+def test_int8_activations_against_exact_products(group_size: Any) -> None:
+    storage = Storage("int8", group_size, activations="int8", outliers=6.0)
+    layer = make((128, 192), torch.bfloat16, storage)
+    x = torch.randn(9, 128).bfloat16()
+    x[:, 5] *= 40
+    weight = layer.dequantize(torch.float32).double()
+    assert layer.bias is not None
+    exact = x.double() @ weight.T + layer.bias.double()
+    y, dx = step(layer, x, torch.ones(9, 192).bfloat16())
+    assert (y.double() - exact).norm() < 0.02 * exact.norm()
+    assert torch.allclose(dx.double(), weight.sum(0).expand(9, -1), atol=0.05)
+    with_outlier = make((128, 192), torch.bfloat16, Storage("int8", activations="int8", outliers=0))
+    assert (with_outlier(x).double() - exact).norm() > 2 * (y.double() - exact).norm()
+    assert not layer.fuses_adapter and make().fuses_adapter
     with unpacked(layer):
         assert layer.dense is None

@@ -12,7 +12,9 @@ from qtune import cli
 from qtune.data import demo
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-RUNS = {"quickstart", "preference", "pretrain"}
+RUNS = {"quickstart", "preference", "pretrain", "low-bits"}
+# runs whose result no plain adapter can hold
+EXPORTS = {"low-bits": "qtune"}
 LLAMA: dict[str, Any] = {
     "hidden_size": 8192,
     "intermediate_size": 28672,
@@ -126,12 +128,17 @@ def test_large_recipes_fit_the_devices_they_name(
 @pytest.mark.parametrize("name", sorted(RUNS))
 def test_small_recipes_run(tmp_path: Path, tiny_model: Path, name: str) -> None:
     changes = [f"model={tiny_model}", f"run={tmp_path / 'run'}", "train.steps=2"]
-    changes += ["train.warmup_steps=0", "train.micro_batch_tokens=1024", "export=[adapter]"]
+    changes += ["train.warmup_steps=0", "train.micro_batch_tokens=1024"]
+    export = EXPORTS.get(name, "adapter")
+    changes += [f"export=[{export}]"]
     changes += ["data.max_length=512", "evaluate.loss_rows=4", "train.batch_size=4"]
     changes += ["train.decay_steps=1"] if name == "pretrain" else []
     changes += (
-        ["evaluate.answer_rows=2", "evaluate.max_new_tokens=2"] if name == "quickstart" else []
+        ["evaluate.answer_rows=2", "evaluate.max_new_tokens=2"]
+        if name in ("quickstart", "low-bits")
+        else []
     )
+    changes += ["quant.calibration.tokens=2048"] if name == "low-bits" else []
     assert cli.main(["train", str(RECIPES / f"{name}.yaml"), *changes]) == 0
     assert (tmp_path / "run/report.html").is_file()
-    assert [path.name for path in (tmp_path / "run/export").iterdir()] == ["adapter"]
+    assert [path.name for path in (tmp_path / "run/export").iterdir()] == [export]

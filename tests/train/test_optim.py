@@ -11,6 +11,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qtune.errors import UserError
+from qtune.model.scales import NAME, TrainedScales
+from qtune.quant.linear import QuantLinear
 from qtune.recipe import Train
 from qtune.train import optim
 from qtune.train.optim import check, make_optimizer, state_bytes
@@ -97,6 +99,22 @@ def test_a_group_moves_at_its_scale_of_the_rate(name: str) -> None:
         for kind in ("lora_A", "lora_B")
     }
     assert moved["lora_B"] / moved["lora_A"] == pytest.approx(16, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_trained_scales_have_a_rate_of_their_own(name: str) -> None:
+    layer = QuantLinear.from_linear(nn.Linear(64, 64))
+    model = nn.ModuleDict({NAME: TrainedScales(layer, zeros=False)})
+    model = nn.ModuleDict({"layer": model, "lora_A": nn.Linear(64, 4, bias=False)})
+    optimizer = make_optimizer(model, settings(optimizer=name, weight_decay=0.1), 2e-5)
+    rates = by_parameter(optimizer, "lr")
+    scales = next(model["layer"].parameters())
+    assert rates[id(scales)] == pytest.approx(2e-5)
+    assert by_parameter(optimizer, "scale")[id(scales)] == pytest.approx(2e-3)
+    assert by_parameter(optimizer, "weight_decay")[id(scales)] == 0
+    assert rates[id(model["lora_A"].weight)] == 0.01
+    same = make_optimizer(model, settings(optimizer=name))
+    assert set(by_parameter(same, "scale").values()) == {1.0}
 
 
 def test_lora_plus_has_the_rates_of_peft() -> None:

@@ -24,6 +24,7 @@ from qtune.data.sample import Sample
 from qtune.machine import Peak
 from qtune.model.blocks import blocks
 from qtune.model.load import add_adapter, load_base
+from qtune.model.lora import QuantLoraLinear
 from qtune.recipe import Lora, Quant, Train
 from qtune.run_folder import RunFolder
 from qtune.setup import open_setup
@@ -110,6 +111,15 @@ def assert_same_steps(model, batch):
 )
 def test_policies_give_the_same_bits(tiny_model, quant, lora):
     model = loaded(tiny_model, Quant(**quant), Lora(rank=4, alpha=8, **lora))
+    assert_same_steps(model, two_samples())
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+def test_policies_give_the_same_bits_where_scales_are_trained(tiny_model, zeros):
+    model = loaded(tiny_model, Quant(format="int4", group_size=32))
+    for module in list(model.modules()):
+        if isinstance(module, QuantLoraLinear):
+            module.train_scales(zeros=zeros)
     assert_same_steps(model, two_samples())
 
 

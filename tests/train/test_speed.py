@@ -5,10 +5,13 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
 from qtune.model.quantizer import QtuneConfig, quantized_on_meta
+from qtune.model.scales import TrainedScales
+from qtune.quant.linear import QuantLinear
 from qtune.train import speed
 from qtune.train.speed import Meter, step_flops
 
@@ -55,6 +58,12 @@ def test_a_frozen_weight_takes_four_a_trained_one_six() -> None:
     in_blocks = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
     trained = 2 * 4 * (32 + 32)
     assert step_flops(model) == (4 * in_blocks + 6 * trained, 4 * 32 * 96)
+
+
+def test_trained_scales_take_the_gradient_of_their_weight() -> None:
+    layer = QuantLinear(64, 24, device="meta")
+    both = nn.ModuleList([layer, TrainedScales(layer, zeros=False)])
+    assert sum(speed._module_flops(module) for module in both) == 6 * 64 * 24
 
 
 def test_a_token_takes_its_experts_only() -> None:

@@ -24,9 +24,8 @@ from qtune_kernels.cpu.attention_tiles import (
     rows_bytes,
 )
 from qtune_kernels.cpu.jit import Integer, KernelCode, Number, Pointer, kernel
-from qtune_kernels.cpu.math import exp2
+from qtune_kernels.cpu.math import exp2, to_bf16
 from qtune_kernels.cpu.simd import F32, I64, Code, Value
-from qtune_kernels.cpu.stored import to_bf16
 from qtune_kernels.cpu.tiles import ROW_BYTES, TILE_BYTES
 
 

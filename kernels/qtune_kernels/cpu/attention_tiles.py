@@ -16,8 +16,8 @@ from qtune_kernels.cpu import tiles
 from qtune_kernels.cpu.attention_schedule import BLOCK, TASK_BYTES
 from qtune_kernels.cpu.gemm import PAIRS, WORDS
 from qtune_kernels.cpu.jit import KernelCode
+from qtune_kernels.cpu.math import to_bf16
 from qtune_kernels.cpu.simd import F32, I32, I64, Code, Value, vector
-from qtune_kernels.cpu.stored import to_bf16
 from qtune_kernels.cpu.tiles import (
     DEPTH,
     HIGH_PAIRS,

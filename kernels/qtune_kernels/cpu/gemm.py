@@ -14,9 +14,11 @@ from typing import NamedTuple
 
 from qtune_kernels.cpu import tiles
 from qtune_kernels.cpu.decode import Packed
+from qtune_kernels.cpu.groups import Layout, Places
 from qtune_kernels.cpu.jit import Integer, KernelCode, Number, Pointer, kernel
+from qtune_kernels.cpu.math import to_bf16
 from qtune_kernels.cpu.simd import BF16, F32, I16, I32, Code, Value, vector
-from qtune_kernels.cpu.stored import Bounded, Coded, Dense, Stored, to_bf16
+from qtune_kernels.cpu.stored import Bounded, Coded, Dense, Stored
 from qtune_kernels.cpu.tiles import (
     DEPTH,
     HIGH_PAIRS,
@@ -58,16 +60,17 @@ def multiply(
     scale_codes: Pointer,
     scale_scales: Pointer,
     scale_offset: Pointer,
+    zeros: Pointer,
     scale_map: Pointer,
     levels: Pointer,
+    num_groups: Integer,
     panels: Pointer,
     panel_bytes: Integer,
     panel_blocks: Integer,
     chunk_steps: Integer,
     *,
     kind: str,
-    bits: int,
-    group_size: int,
+    layout: Layout | None,
     outputs_first: bool,
     extended: bool,
     biased: bool,
@@ -87,10 +90,10 @@ def multiply(
     main: Stored = bounded
     if kind == "dense":
         main = Dense(code, right, right_stride)
-    elif kind == "codes":
-        scales = (scale_codes, scale_scales, scale_offset, scale_map)
-        packed = Packed(code, right, *scales, levels, bits=bits, group_size=group_size)
-        main = Coded(code, packed, right_stride)
+    elif layout is not None:
+        scales = (scale_codes, scale_scales, scale_offset, zeros, scale_map)
+        places = Places(right, *scales, levels, num_groups)
+        main = Coded(Packed(code, places, layout), right_stride)
     lefts = Lefts(left, left_stride, steps, chunk_steps, left2 if extended else None)
     panel = Panel(code, panels + code.worker * panel_bytes, steps + int(extended), outputs_first)
     waiting, _ = panel.tiles(panel_blocks, code.integer(0))

@@ -2,7 +2,8 @@
 
 from math import factorial, log
 
-from qtune_kernels.cpu.simd import I16, I32, Code, Value
+from qtune_kernels.cpu import processor
+from qtune_kernels.cpu.simd import BF16, I16, I32, LANES, Code, Value, vector
 
 # ln 2 in two parts: up to 2^15 times the first is exact in float32
 LN2_HIGH = 0.693359375
@@ -58,3 +59,12 @@ def exp2(code: Code, x: Value) -> Value:
 def sigmoid(code: Code, x: Value) -> Value:
     """1 / (1 + e^-x) of 16 float32."""
     return 1.0 / (exp(code, -x) + 1.0)
+
+
+def to_bf16(code: Code, low: Value, high: Value) -> Value:
+    """Thirty-two float32 rounded to bf16, `low` first."""
+    kind = vector(BF16, 2 * LANES)
+    if processor.rounds_to_bf16():
+        return code.call("llvm.x86.avx512bf16.cvtne2ps2bf16.512", kind, high, low)
+    words = [half.to(BF16).bits(vector(I16)) for half in (low, high)]
+    return words[0].shuffle(words[1], range(2 * LANES)).bits(kind)

@@ -6,18 +6,18 @@ which leaves each with the rows it made itself, at the price of decoding in ever
 columns. Sums longer than `MAX_DEPTH` are made in pieces that are added up in float32.
 """
 
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from qtune_kernels.cpu import team, tiles
+from qtune_kernels.cpu import coded, team, tiles
 from qtune_kernels.cpu.gemm import BLOCK, multiply
+from qtune_kernels.cpu.groups import Layout
 from qtune_kernels.cpu.tiles import DEPTH, SUMS, TILE_BYTES
 from qtune_kernels.dequantize import Codes
 from qtune_kernels.packing import SEGMENT
-from qtune_kernels.scales import dynamic_map
 from qtune_kernels.scratch import scratch
 
 PANEL_BYTES = 1 << 20
@@ -59,7 +59,8 @@ def multiplies(left: Tensor, right: Right) -> bool:
         return fits and right.shape[0] % BLOCK == right.shape[1] % BLOCK == 0
     if isinstance(right, Narrow):
         return min(right.shape) <= DEPTH and max(right.shape) % DEPTH == 0
-    return right.shape[0] % BLOCK == right.shape[1] % SEGMENT == 0
+    fits = right.shape[0] % BLOCK == right.shape[1] % SEGMENT == 0
+    return fits and coded.decodes(_layout(right))
 
 
 def product(
@@ -192,8 +193,12 @@ def _cut(rows: int, depth: int, columns: int, extended: bool, workers: int) -> _
 def _kind(right: Right) -> dict[str, Any]:
     """What the kernel is compiled for."""
     if isinstance(right, Codes):
-        return {"kind": "codes", "bits": right.bits, "group_size": right.group_size}
-    return {"kind": "dense" if isinstance(right, Tensor) else "narrow", "bits": 0, "group_size": 0}
+        return {"kind": "codes", "layout": _layout(right)}
+    return {"kind": "dense" if isinstance(right, Tensor) else "narrow", "layout": None}
+
+
+def _layout(right: Codes) -> Layout:
+    return coded.layout(right.scales, right.levels, right.group_size)
 
 
 def _right(right: Right) -> tuple[int, int]:
@@ -211,15 +216,7 @@ def _narrow(narrow: Narrow | None) -> tuple[int, int, int, float]:
 
 
 def _scales(right: Right) -> tuple[int, ...]:
-    """Addresses of what decodes codes: scales and levels."""
+    """What decodes codes: the places of a quantized matrix behind that of its codes."""
     if not isinstance(right, Codes):
-        return (0,) * 5
-    tables = (dynamic_map(right.packed.device), level_table(tuple(right.levels)))
-    return tuple(tensor.data_ptr() for tensor in (*right.scales, *tables))
-
-
-@cache
-def level_table(levels: tuple[float, ...]) -> Tensor:
-    """The levels of a format repeated to 16, float32; zeros where there are none."""
-    with torch.inference_mode(False):
-        return torch.tensor(levels or (0.0,)).repeat(16 // max(1, len(levels)))
+        return (0,) * 7
+    return coded.places(right.packed, right.scales, right.levels)[1:]

@@ -34,7 +34,7 @@ class _BFloat(ir.Type):
 
 
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
-F32, F64, BF16 = ir.FloatType(), ir.DoubleType(), _BFloat()
+F16, F32, F64, BF16 = ir.HalfType(), ir.FloatType(), ir.DoubleType(), _BFloat()
 POINTER = ir.PointerType()
 
 Operand = Union["Value", int, float]
@@ -385,11 +385,11 @@ def _like(old: Any, kind: ir.Type) -> ir.Type:
 
 
 def _floats(kind: Any) -> bool:
-    return kind in (F32, F64, BF16)
+    return kind in (F16, F32, F64, BF16)
 
 
 def _width(kind: Any) -> int:
-    return {BF16: 16, F32: 32, F64: 64}[kind]
+    return {BF16: 16, F16: 16, F32: 32, F64: 64}[kind]
 
 
 def _is_lone(value: Value, kind: Any) -> bool:

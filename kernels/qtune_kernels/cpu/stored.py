@@ -3,6 +3,7 @@
 from typing import Protocol
 
 from qtune_kernels.cpu.decode import Packed
+from qtune_kernels.cpu.math import to_bf16
 from qtune_kernels.cpu.simd import BF16, F32, LANES, Code, Value, vector
 from qtune_kernels.cpu.tiles import DEPTH
 
@@ -31,12 +32,12 @@ class Dense:
 class Coded:
     """Of codes, `width` to a row."""
 
-    def __init__(self, code: Code, packed: Packed, width: Value) -> None:
-        self._code, self._packed, self._width = code, packed, width
+    def __init__(self, packed: Packed, width: Value) -> None:
+        self._packed, self._width = packed, width
 
     def read(self, row: Value, column: Value) -> Value:
         """Elements `column` to `column` + 31 of a row, bf16."""
-        return to_bf16(self._code, *self._packed.weights(row * self._width + column, 2))
+        return self._packed.halves(row * self._width + column).bits(HALVES)
 
 
 class Bounded:
@@ -58,8 +59,3 @@ class Bounded:
             address = self._start + (row * self._columns + first) * 4
             halves.append(code.read(address, F32, live) * self._factor)
         return to_bf16(code, *halves)
-
-
-def to_bf16(code: Code, low: Value, high: Value) -> Value:
-    """Thirty-two float32 rounded to bf16, `low` first."""
-    return code.call("llvm.x86.avx512bf16.cvtne2ps2bf16.512", HALVES, high, low)

@@ -1,4 +1,4 @@
-"""A tall narrow matrix lying down, [T, R] -> [32, T]: the left factor of a sum over rows."""
+"""A tall matrix lying down, [T, R] -> [R, T]: the left factor of a sum over rows."""
 
 from torch import Tensor
 
@@ -16,23 +16,26 @@ def _transpose(
     tall: Pointer,
     stride: Integer,
     num_rows: Integer,
-    *,
-    rank: int,
+    rank: Integer,
 ) -> None:
-    live = code.constants(range(DEPTH), I64) < code.spread(code.integer(rank), DEPTH)
-    with code.share(num_rows // DEPTH) as block:
-        start = tall + block * DEPTH * stride
+    with code.share(num_rows // DEPTH) as block, code.loop(rank, 0, DEPTH) as first:
+        live = code.constants(range(DEPTH), I64) < code.spread(rank - first, DEPTH)
+        start = tall + block * DEPTH * stride + first * 2
         rows = [code.load(start + stride * row, WORDS, live) for row in range(DEPTH)]
         for half, lanes in enumerate((LOW_PAIRS, HIGH_PAIRS)):
             # element r of two neighbouring rows side by side, as one of 16 int32
             pairs = [rows[i].shuffle(rows[i + 1], lanes) for i in range(0, DEPTH, 2)]
             for i, column in enumerate(tiles.transpose([pair.bits(PAIRS) for pair in pairs])):
-                at = (num_rows * (SIDE * half + i) + block * DEPTH) * 2
-                code.store(column, out + at)
+                at = num_rows * (first + (SIDE * half + i)) + block * DEPTH
+                code.store(column, out + at * 2)
 
 
 def lying(tall: Tensor) -> Tensor:
-    """The transposed of bf16 [T, R], filled up with zeros to [32, T]; T is a multiple of 32."""
-    out = tall.new_empty(DEPTH, len(tall))
-    _transpose(out.data_ptr(), tall.data_ptr(), tall.stride(0) * 2, len(tall), rank=tall.shape[1])
+    """The transposed of bf16 [T, R], with rows of zeros up to a multiple of 32 of them.
+
+    T is a multiple of 32, and elements of a row of `tall` lie side by side.
+    """
+    num_rows, rank = tall.shape
+    out = tall.new_empty(-(-rank // DEPTH) * DEPTH, num_rows)
+    _transpose(out.data_ptr(), tall.data_ptr(), tall.stride(0) * 2, num_rows, rank)
     return out

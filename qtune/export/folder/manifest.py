@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from qtune.export.folder import template
 from qtune.export.folder.companions import generation_config, write_json
 from qtune.export.folder.trained import Trained
 from qtune.model.checkpoint import weight_files
+from qtune.model.lora import QuantLoraLinear
 
 NAME = template.NAME
 WHOLE_BYTES = 16_000_000_000
@@ -62,14 +64,24 @@ def base_hash(folder: Path, whole_bytes: int = WHOLE_BYTES) -> dict[str, str]:
 
 
 def adapter_hash(model: PeftModel) -> str:
-    """SHA-256, in hex, of the adapter's tensors with their names, in the order of the names."""
+    """SHA-256, in hex, of what was trained, tensors with their names, in the order of the names."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(
-        get_peft_model_state_dict(model, save_embedding_layers=False).items()
-    ):
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False) | _trained_scales(model)
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _trained_scales(model: PeftModel) -> dict[str, Tensor]:
+    """The stored scales and zero points, by name, of layers whose own were changed by training."""
+    return {
+        f"{path}.{name}": getattr(layer.quantized, name)
+        for path, layer in model.named_modules()
+        if isinstance(layer, QuantLoraLinear) and layer.is_settled
+        for name in layer.quantized.tensor_names
+        if name != "weight"
+    }
 
 
 def versions() -> dict[str, Any]:

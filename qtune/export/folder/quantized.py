@@ -1,7 +1,8 @@
 """The tensors of a quantized export in either form, for exporters that say how one layer is
 written.
 
-`pair`: the frozen base with the very codes that were trained on; the adapter goes beside it.
+`pair`: the frozen base with the very codes that were trained on, and scales if these were trained;
+the adapter, if there is one, goes beside it.
 `merged`: the adapter merged into the original weights, which are then quantized once.
 """
 
@@ -13,34 +14,37 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from qtune.export.adapter import base_name, write_adapter
+from qtune.export.adapter import base_name, has_tensors, write_adapter
 from qtune.export.folder.trained import Trained
 from qtune.model.checkpoint import Names, bare_name, distinct_tensors
-from qtune.model.merge import merged_tensors, quant_layers, untied
+from qtune.model.merge import codes_beside_weights, merged_tensors, quant_layers, untied
 from qtune.model.merge_experts import fused_matrices
-from qtune.model.quantizer import QtuneConfig, quantized_on_meta
+from qtune.model.quant_config import QtuneConfig
+from qtune.model.quantizer import quantized_on_meta
 from qtune.model.shards import write_shards
-from qtune.quant.linear import TENSORS, QuantLinear
+from qtune.quant.linear import QuantLinear
+from qtune.quant.storage import Storage
 
 # the tensors of a layer, by full name, given its name with the dot
 Encode = Callable[[str, QuantLinear], Iterator[tuple[str, Tensor]]]
+# how a layer of that name, as in the model, is quantized
+StorageOf = Callable[[str], Storage]
 
 
-def write_quantized(
-    trained: Trained, folder: Path, encode: Encode, format_name: str, group_size: int
-) -> None:
+def write_quantized(trained: Trained, folder: Path, encode: Encode, storage_of: StorageOf) -> None:
     """Write the weights, and in the pair form the adapter, of `trained` into `folder`.
 
-    `format_name` and `group_size` say how layers of the merged form are quantized.
+    Layers of the merged form are quantized as `storage_of` their names says.
     """
     if trained.form == "pair":
         write_shards(_pair(trained, encode), folder)
-        (folder / "adapter").mkdir()
-        write_adapter(
-            trained.model, folder / "adapter", base_name(trained), trained.recipe.revision
-        )
+        if has_tensors(trained.model):
+            (folder / "adapter").mkdir()
+            write_adapter(
+                trained.model, folder / "adapter", base_name(trained), trained.recipe.revision
+            )
     else:
-        write_shards(_merged(trained, encode, format_name, group_size), folder)
+        write_shards(_merged(trained, encode, storage_of), folder)
 
 
 def quantized_bytes(trained: Trained) -> int:
@@ -88,7 +92,7 @@ def form_of(trained: Trained) -> dict[str, object]:
 
 def _pair(trained: Trained, encode: Encode) -> Iterator[tuple[str, Tensor]]:
     names, layers = Names.of(trained.base), quant_layers(trained.model)
-    codes = {name.removesuffix("weight") + leaf for name in layers for leaf in TENSORS[1:]}
+    codes = codes_beside_weights(layers)
     mixtures = fused_matrices(trained.base, trained.base_folder)
     left_out = {name for matrix in mixtures for name in matrix.stored}
     for name in (weight for matrix in mixtures for weight in matrix.weights):
@@ -103,17 +107,21 @@ def _pair(trained: Trained, encode: Encode) -> Iterator[tuple[str, Tensor]]:
 
 
 def _merged(
-    trained: Trained, encode: Encode, format_name: str, group_size: int
+    trained: Trained, encode: Encode, storage_of: StorageOf
 ) -> Iterator[tuple[str, Tensor]]:
     names, chosen = Names.of(trained.base), quantized_weights(trained)
     for stored, tensor in merged_tensors(
-        trained.base_folder, trained.model, "original", round_to=trained.round_to
+        trained.base_folder,
+        trained.model,
+        "original",
+        start=trained.start,
+        round_to=trained.round_to,
     ):
-        if names.in_model(stored) not in chosen:
+        name = names.in_model(stored)
+        if name not in chosen:
             yield stored, tensor
             continue
         dense = nn.Linear(tensor.shape[1], tensor.shape[0], bias=False, device="meta")
         dense.weight = nn.Parameter(tensor, requires_grad=False)
-        yield from encode(
-            stored.removesuffix("weight"), QuantLinear.from_linear(dense, format_name, group_size)
-        )
+        storage = storage_of(name.removesuffix(".weight"))
+        yield from encode(stored.removesuffix("weight"), QuantLinear.from_linear(dense, storage))

@@ -1,6 +1,6 @@
 """What an export is made from."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qtune.model.checkpoint import stored_dtype
 from qtune.model.merge import Onto, base_model
+from qtune.model.start import Start
 from qtune.recipe import Recipe
 
 Form = Literal["pair", "merged"]
@@ -20,7 +21,7 @@ class Trained:
     """The trained model and where it came from.
 
     `base_folder` holds the weights it was loaded from, `onto` says what 16-bit exports merge the
-    adapter onto, `form` which form quantized exports take.
+    adapter onto, `form` which form quantized exports take, `start` what the adapter began with.
     """
 
     recipe: Recipe
@@ -29,6 +30,7 @@ class Trained:
     base_folder: Path
     onto: Onto = "original"
     form: Form = "pair"
+    start: Start = field(default_factory=dict)
 
     @property
     def base(self) -> PreTrainedModel:

@@ -4,10 +4,7 @@ QLoRA, arXiv 2305.14314, section 3 and appendix E. Codes, scales and decoded wei
 bitsandbytes bit for bit, ties included: a value halfway between two levels takes the lower one.
 """
 
-import torch
-from torch import Tensor
-
-from qtune_kernels.quantize import absmax
+from qtune.quant.grids import Table
 
 # fmt: off
 LEVELS = (
@@ -18,30 +15,5 @@ LEVELS = (
 )
 # fmt: on
 
-
-class Nf4:
-    """The 4-bit NormalFloat format."""
-
-    bits = 4
-    levels = LEVELS
-    # as bitsandbytes does it
-    encodes_stored_scales = False
-
-    def fit(self, groups: Tensor) -> Tensor:
-        """The largest magnitude of each group, float32 [...]."""
-        largest: Tensor = absmax(groups, groups.shape[-1])
-        return largest.view(groups.shape[:-1])
-
-    def encode(self, groups: Tensor, scales: Tensor) -> Tensor:
-        """Codes of the nearest levels, uint8 [..., G]; a group of zeros gets the code of 0."""
-        # reciprocal and product instead of a division: that is what bitsandbytes rounds
-        ratios = (groups * (1 / scales.clamp(min=1e-38)).unsqueeze(-1)).clamp(-1, 1)
-        levels = torch.tensor(LEVELS, device=groups.device)
-        return torch.bucketize(ratios, (levels[:-1] + levels[1:]) / 2).to(torch.uint8)
-
-    def decode(self, codes: Tensor, scales: Tensor) -> Tensor:
-        """Weights, float32 [..., G]."""
-        return torch.tensor(LEVELS, device=codes.device)[codes.int()] * scales.unsqueeze(-1)
-
-
-FORMAT = Nf4()
+# bitsandbytes chooses codes for the scales as they were before they are stored in 8 bits
+FORMAT = Table(LEVELS, scale_kind="dynamic", encodes_stored_scales=False, searches=False)

@@ -46,7 +46,7 @@ def test_merged_form_is_quantized_once_from_the_original_merge(
     name = "model.layers.1.mlp.up_proj.weight"
     dense = torch.nn.Linear(128, 256, bias=False, dtype=torch.bfloat16)
     dense.weight = torch.nn.Parameter(merged[name])
-    layer = QuantLinear.from_linear(dense, "nf4", 64)
+    layer = QuantLinear.from_linear(dense)
     assert torch.equal(stored[name], layer.weight)
     assert torch.equal(stored["model.norm.weight"], merged["model.norm.weight"])
     assert torch.equal(stored["lm_head.weight"], merged["lm_head.weight"])

@@ -6,16 +6,17 @@ Its results are tested in test_product.py, which calls it as the ops do.
 import re
 
 import pytest
+import torch
 
 from qtune_kernels.cpu import jit, tiles
 from qtune_kernels.cpu.gemm import multiply
+from qtune_kernels.cpu.groups import Layout
 
 pytestmark = pytest.mark.skipif(not tiles.available(), reason="no AMX")
 
 CASE = {
     "kind": "codes",
-    "bits": 4,
-    "group_size": 64,
+    "layout": Layout(4, 64, torch.uint8, None),
     "extended": True,
     "biased": False,
     "wide": False,
@@ -40,8 +41,8 @@ def test_the_loop_over_a_sum_does_nothing_but_load_and_multiply(assembly) -> Non
 
 
 def test_levels_are_looked_up_in_a_register(assembly) -> None:
-    # one look-up for 16 weights, from a table that stays in a register
-    assert re.search(r"vperm(d|ps)\t%zmm\d+, %zmm\d+, %zmm\d+", assembly)
+    # one look-up for 32 weights, from a table made once for each group
+    assert re.search(r"vpermw\t%zmm\d+, %zmm\d+, %zmm\d+", assembly)
     assert "gather" not in assembly
 
 

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from samples import error, sample
+from samples import Sample, error, sample
+from stored_samples import stored_sample
 from torch import Tensor
 
 from qtune_kernels.cpu import lora, tiles
@@ -15,9 +16,11 @@ ROUNDING = 2 * 2.0**-8
 SCALING = 1.5
 
 
-def layer(shape: tuple[int, int], rank: int) -> tuple[Codes, Tensor, Tensor, Tensor]:
+def layer(
+    shape: tuple[int, int], rank: int, made: Sample | None = None
+) -> tuple[Codes, Tensor, Tensor, Tensor]:
     """Codes, their weights in float64, and adapter matrices whose part is as large as theirs."""
-    made = sample(shape)
+    made = sample(shape) if made is None else made
     codes = Codes(made.packed, made.scales, made.levels, made.group_size, shape)
     a, b = torch.randn(rank, shape[1]) * 0.05, torch.randn(shape[0], rank) * 0.05
     return codes, made.weights.float().bfloat16().double(), a, b
@@ -27,9 +30,28 @@ def layer(shape: tuple[int, int], rank: int) -> tuple[Codes, Tensor, Tensor, Ten
 @pytest.mark.parametrize("rank", [1, 8, 32])
 @pytest.mark.parametrize("shape", [(96, 128), (160, 64)])
 def test_forward_and_gradients(shape, rank, num_rows) -> None:
-    codes, weight, a, b = layer(shape, rank)
-    x, dy = torch.randn(num_rows, shape[1]).bfloat16(), torch.randn(num_rows, shape[0]).bfloat16()
-    bias = torch.randn(shape[0]).bfloat16()
+    check(*layer(shape, rank), num_rows)
+
+
+@pytest.mark.parametrize(
+    ("bits", "scales", "zeros"),
+    [
+        (4, torch.int8, torch.uint8),
+        (3, torch.float16, torch.uint8),
+        (2, torch.float32, torch.float16),
+        (8, torch.int8, None),
+    ],
+)
+def test_other_ways_of_storing(bits, scales, zeros) -> None:
+    made = stored_sample((96, 128), bits, scales, zeros, 32)
+    check(*layer((96, 128), 8, made), 33)
+
+
+def check(codes: Codes, weight: Tensor, a: Tensor, b: Tensor, num_rows: int) -> None:
+    """Compare a layer's results with float64."""
+    outs, ins = codes.shape
+    x, dy = torch.randn(num_rows, ins).bfloat16(), torch.randn(num_rows, outs).bfloat16()
+    bias = torch.randn(outs).bfloat16()
     y, u = lora.forward(x, codes, bias, a, b, SCALING)
     x64, dy64, a64 = x.double(), dy.double(), a.double()
     b64 = SCALING * b.double()

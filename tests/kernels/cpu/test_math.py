@@ -1,9 +1,9 @@
-"""exp, exp2 and sigmoid against float64."""
+"""exp, exp2 and sigmoid against float64, rounding against PyTorch."""
 
 import pytest
 import torch
 
-from qtune_kernels.cpu import math
+from qtune_kernels.cpu import math, processor
 from qtune_kernels.cpu.jit import KernelCode, Pointer, available, kernel
 from qtune_kernels.cpu.simd import F32, LANES
 
@@ -15,6 +15,11 @@ def _apply(code: KernelCode, x: Pointer, y: Pointer, *, name: str, count: int) -
     with code.share(count // LANES) as block:
         at = block * (4 * LANES)
         code.write(getattr(math, name)(code, code.read(x + at, F32)), y + at, F32)
+
+
+@kernel
+def _rounded(code: KernelCode, out: Pointer, low: Pointer, high: Pointer, *, way: str) -> None:
+    code.store(math.to_bf16(code, *(code.read(part, F32) for part in (low, high))), out)
 
 
 def run(name: str, x: torch.Tensor) -> torch.Tensor:
@@ -45,3 +50,14 @@ def test_exp2_ends_in_zero() -> None:
 def test_sigmoid_ends_in_zero_and_one() -> None:
     x = torch.tensor([-torch.inf, -1e9, 1e9, torch.inf] * 4)
     assert run("sigmoid", x)[:4].tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("way", ["the processor's", "by arithmetic"])
+def test_float32_is_rounded_to_nearest_even(monkeypatch, way) -> None:
+    if way == "by arithmetic":
+        monkeypatch.setattr(processor, "rounds_to_bf16", lambda: False)
+    x = torch.tensor([0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF] * 8, dtype=torch.int32)
+    x = x.view(torch.float32) * torch.arange(1, 33)
+    out = torch.empty(32, dtype=torch.bfloat16)
+    _rounded(out.data_ptr(), x.data_ptr(), x[16:].data_ptr(), way=way)
+    assert torch.equal(out, x.bfloat16())

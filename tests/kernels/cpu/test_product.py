@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from samples import TABLES, Sample, error, sample
+from stored_samples import stored_sample
 from torch import Tensor
 
 from qtune_kernels.cpu import product as module
@@ -66,6 +67,34 @@ def test_both_products_with_codes(table, shape, num_rows) -> None:
     assert error(y, x.double() @ weight.T) < ROUNDING
     assert error(dx, dy.double() @ weight) < ROUNDING
     assert y.shape == (num_rows, shape[0]) and dx.shape == (num_rows, shape[1])
+
+
+@pytest.mark.parametrize(
+    ("bits", "scales", "zeros"),
+    # all of them are tested in test_decode.py
+    [
+        (4, torch.int8, torch.uint8),
+        (3, torch.uint8, torch.uint8),
+        (2, torch.float16, torch.float32),
+        (8, torch.float32, torch.float16),
+    ],
+)
+def test_other_way_of_storing_scales_and_zeros(bits, scales, zeros) -> None:
+    matrix, weight = codes(stored_sample((64, 192), bits, scales, zeros))
+    x = rows(33, 192)
+    assert multiplies(x, matrix)
+    # float32 sums of exact products
+    y = product(x, matrix, outputs_first=True, dtype=torch.float32)
+    assert error(y, x.double() @ weight.T) < 1e-6
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(2, 32), (3, 576), (4, 100)])
+def test_input_gradients_with_whole_zeros(group_size, bits) -> None:
+    made = stored_sample((96, 576), bits, torch.int8, torch.uint8, group_size)
+    matrix, weight = codes(made)
+    dy = rows(33, 96)
+    dx = product(dy, matrix, outputs_first=False, dtype=torch.float32)
+    assert error(dx, dy.double() @ weight) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -195,6 +224,7 @@ def test_what_is_taken() -> None:
     assert not multiplies(x.to("meta"), matrix)
     assert not multiplies(x, codes(sample((33, 64)))[0])
     assert not multiplies(x, codes(sample((32, 96)))[0])
+    assert not multiplies(x, codes(sample((32, 64), group_size=8))[0])
     assert not multiplies(x, torch.empty(32, 64))
     assert multiplies(x, Narrow(torch.empty(8, 64))) and multiplies(x, Narrow(torch.empty(64, 8)))
     assert not multiplies(x, Narrow(torch.empty(40, 64)))

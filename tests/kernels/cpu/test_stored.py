@@ -5,8 +5,7 @@ import torch
 
 from qtune_kernels.cpu import tiles
 from qtune_kernels.cpu.jit import Integer, KernelCode, Number, Pointer, kernel
-from qtune_kernels.cpu.simd import F32
-from qtune_kernels.cpu.stored import Bounded, Dense, to_bf16
+from qtune_kernels.cpu.stored import Bounded, Dense
 
 pytestmark = pytest.mark.skipif(not tiles.available(), reason="no AMX")
 
@@ -32,11 +31,6 @@ def _bounded(
     code.store(Bounded(code, start, rows, columns, factor).read(row, column), out)
 
 
-@kernel
-def _rounded(code: KernelCode, out: Pointer, low: Pointer, high: Pointer) -> None:
-    code.store(to_bf16(code, *(code.read(part, F32) for part in (low, high))), out)
-
-
 def test_a_dense_matrix_whose_rows_lie_apart() -> None:
     matrix = torch.randn(5, 100).bfloat16()[:, :80]
     out = torch.empty(32, dtype=torch.bfloat16)
@@ -57,11 +51,3 @@ def test_zeros_lie_outside_of_a_bounded_matrix(shape) -> None:
             out = torch.full((32,), torch.nan, dtype=torch.bfloat16)
             _bounded(out.data_ptr(), matrix.data_ptr(), *shape, 0.5, row, column)
             assert torch.equal(out, truth[row, column : column + 32].bfloat16())
-
-
-def test_float32_is_rounded_to_nearest_even() -> None:
-    x = torch.tensor([0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF] * 8, dtype=torch.int32)
-    x = x.view(torch.float32)
-    out = torch.empty(32, dtype=torch.bfloat16)
-    _rounded(out.data_ptr(), x.data_ptr(), x[16:].data_ptr())
-    assert torch.equal(out, x.bfloat16())

@@ -1,6 +1,6 @@
 """NF4 against bitsandbytes: codes, scales and dequantized weights bit for bit."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import bitsandbytes.functional as bnb
@@ -8,13 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from qtune.quant.format import load_format
+from qtune.quant.format import Params, load_format
 from qtune.quant.formats.nf4 import LEVELS
-from qtune.quant.weight import QuantWeight, dequantize, quantize
+from qtune.quant.storage import Storage
+from qtune.quant.weight import QuantWeight, dequantize, quantize, storage_bytes
 from qtune_kernels.packing import from_bitsandbytes, to_bitsandbytes
 from qtune_kernels.scales import Scales, dynamic_map
 
 NF4 = load_format("nf4")
+STORAGE = Storage("nf4")
 quantize_4bit = partial(bnb.quantize_4bit, blocksize=64, quant_type="nf4")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # whole groups; groups that straddle rows; ragged tails, also with an odd number of weights; many
@@ -51,7 +53,7 @@ def test_levels_are_those_of_bitsandbytes() -> None:
 def test_quantized_as_by_bitsandbytes(shape: tuple[int, int], dtype: torch.dtype) -> None:
     weight = random_weight(shape, dtype)
     packed, state = quantize_4bit(weight, compress_statistics=True)
-    ours = quantize(weight, NF4, 64)
+    ours = quantize(weight, STORAGE, 64)
     assert torch.equal(to_bitsandbytes(ours.packed, weight.numel()), packed)
     assert torch.equal(ours.scales.scales, state.state2.absmax)
     assert torch.equal(ours.scales.offset, state.offset.view(1))
@@ -61,16 +63,16 @@ def test_quantized_as_by_bitsandbytes(shape: tuple[int, int], dtype: torch.dtype
 def test_group_maxima_are_those_of_bitsandbytes(dtype: torch.dtype) -> None:
     weight = random_weight((512, 576), dtype)
     _, state = quantize_4bit(weight, compress_statistics=False)
-    assert torch.equal(NF4.fit(weight.float().view(-1, 64)), state.absmax)
+    assert torch.equal(NF4.fit(weight.float().view(-1, 64)).scales, state.absmax)
 
 
 def test_scale_codes_differ_only_where_bitsandbytes_looks_them_up_coarsely() -> None:
     # its table for CPUs has 65536 cells, wider than the steps between the smallest levels
     weight = random_weight((2048, 1024), torch.float32)
     _, state = quantize_4bit(weight, compress_statistics=True)
-    ours = quantize(weight, NF4, 64).scales
+    ours = quantize(weight, STORAGE, 64).scales
     levels = dynamic_map(weight.device).double()
-    centred = (NF4.fit(weight.view(-1, 64)) - ours.offset).double()
+    centred = (NF4.fit(weight.view(-1, 64)).scales - ours.offset).double()
     ratios = (centred.view(-1, 256) / ours.scales.double().unsqueeze(1)).flatten()
     ours_off, theirs_off = ((levels[c.int()] - ratios).abs() for c in (ours.codes, state.absmax))
     assert (ours_off <= theirs_off + 1e-7).all()
@@ -91,7 +93,7 @@ def test_dequantized_as_by_bitsandbytes(shape: tuple[int, int], dtype: torch.dty
 def test_conversion_loses_nothing_either_way(shape: tuple[int, int]) -> None:
     weight = random_weight(shape, torch.bfloat16)
     packed, _ = quantize_4bit(weight)
-    ours = quantize(weight, NF4, 64).packed
+    ours = quantize(weight, STORAGE, 64).packed
     size = weight.numel()
     assert torch.equal(from_bitsandbytes(to_bitsandbytes(ours, size), size), ours)
     assert torch.equal(to_bitsandbytes(from_bitsandbytes(packed, size), size), packed)
@@ -104,7 +106,7 @@ def test_short_last_groups_are_rounded_alike() -> None:
         for dtype in DTYPES:
             weight = torch.randn(1, size, generator=generator).to(dtype)
             packed, _ = quantize_4bit(weight)
-            assert torch.equal(to_bitsandbytes(quantize(weight, NF4, 64).packed, size), packed)
+            assert torch.equal(to_bitsandbytes(quantize(weight, STORAGE, 64).packed, size), packed)
 
 
 def test_halfway_values_take_the_lower_level() -> None:
@@ -112,16 +114,16 @@ def test_halfway_values_take_the_lower_level() -> None:
     halfway = (levels[:-1] + levels[1:]) / 2
     weight = torch.cat([halfway, torch.ones(1)]).repeat(4).view(1, 64)
     packed, _ = quantize_4bit(weight)
-    codes = NF4.encode(weight, torch.ones(1))
+    codes = NF4.encode(weight, Params(torch.ones(1)))
     assert codes[0, :15].tolist() == list(range(15))
-    assert torch.equal(to_bitsandbytes(quantize(weight, NF4, 64).packed, 64), packed)
+    assert torch.equal(to_bitsandbytes(quantize(weight, STORAGE, 64).packed, 64), packed)
 
 
 def test_zero_groups_among_others() -> None:
     weight = random_weight((64, 256), torch.float32)
     weight.view(-1, 64)[::3] = 0
     packed, state = quantize_4bit(weight, compress_statistics=True)
-    ours = quantize(weight, NF4, 64)
+    ours = quantize(weight, STORAGE, 64)
     assert torch.equal(to_bitsandbytes(ours.packed, weight.numel()), packed)
     back = dequantize(ours, NF4, 64, (64, 256), torch.float32)
     assert not back.view(-1, 64)[::3].any()
@@ -133,9 +135,18 @@ def test_zero_groups_among_others() -> None:
 
 def test_nearest_level_against_float64() -> None:
     groups = random_weight((64, 64), torch.float32)
-    scales = NF4.fit(groups)
+    params = NF4.fit(groups)
     levels = torch.tensor(LEVELS, dtype=torch.float64)
-    ratios = groups.double() / scales.double().unsqueeze(1)
+    ratios = groups.double() / params.scales.double().unsqueeze(1)
     distance = (ratios.unsqueeze(-1) - levels).abs()
-    chosen = distance.gather(-1, NF4.encode(groups, scales).long().unsqueeze(-1)).squeeze(-1)
+    chosen = distance.gather(-1, NF4.encode(groups, params).long().unsqueeze(-1)).squeeze(-1)
     assert (chosen <= distance.amin(-1) + 1e-7).all()
+
+
+def test_errors_on_normal_values(gaussian_error: Callable[..., float]) -> None:
+    assert gaussian_error("nf4", search=False) == pytest.approx(0.0084, rel=0.02)
+
+
+def test_bits_of_a_weight() -> None:
+    size = sum(storage_bytes((1024, 1024), STORAGE).values())
+    assert size * 8 / 2**20 == pytest.approx(4.127, abs=1e-3)

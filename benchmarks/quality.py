@@ -1,0 +1,110 @@
+"""What number formats, methods and adapter starts lose of a model, on a text: the table of
+docs/quality.md.
+
+    python benchmarks/quality.py --text wikitext2-valid.txt
+
+A sweep over what `qtune compare` measures. The first part of the text is what calibration sees, the
+last one is held out; both are cut into rows of 1024 tokens. Forms that have been measured are not
+measured again. Writes docs/quality.json and docs/quality.png.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+from qtune.comparing.compare_formats import compare
+from qtune.comparing.comparison import Comparison, markdown, read, write
+from qtune.comparing.comparison_plot import plot
+from qtune.files import write_text
+from qtune.recipe import Calibration, Data, Evaluate, FormatName, Quant, Recipe, Train
+
+ROOT = Path(__file__).parents[1]
+RESULTS, PLOT = ROOT / "docs/quality.json", ROOT / "docs/quality.png"
+CONTEXT = 1024
+CALIBRATION_ROWS = 12
+HELD_OUT_ROWS = 8
+# of the text, at its end
+HELD_OUT_SHARE = 0.06
+NEAREST = [name for name in get_args(FormatName) if name != "e8p"]
+INTEGERS = ["int4", "int3", "int2"]
+# formats, methods, starts; group size
+SWEEPS: dict[str, list[tuple[list[str], list[str], list[str], int | str]]] = {
+    "nearest": [
+        (NEAREST, ["nearest"], ["zero"], 64),
+        (["int8", "int4", "nf4"], ["nearest"], ["zero"], "row"),
+        (["int8", "int4"], ["nearest"], ["zero"], "tensor"),
+        (["int4", "int2"], ["nearest"], ["zero"], 32),
+        (["nf4"], ["nearest"], ["cloq", "loftq", "pissa"], 64),
+    ],
+    "calibrated": [
+        (INTEGERS, ["gptq", "gptq+rotate"], ["zero"], 64),
+        (["e8p"], ["gptq"], ["zero"], 64),
+        (["int3", "int2"], ["gptq+rotate"], ["cloq"], 64),
+        (["int4", "int3"], ["awq"], ["zero"], 64),
+        (["nf4", "lm2"], ["gptq+rotate"], ["zero"], 64),
+        (["int2"], ["gptq+rotate"], ["zero"], 32),
+    ],
+}
+
+
+def recipe(model: str, text: Path, folder: Path) -> Recipe:
+    """A recipe whose rows are those of the text."""
+    whole = text.read_text(encoding="utf-8")
+    border = whole.index("\n", int(len(whole) * (1 - HELD_OUT_SHARE)))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "train.txt", whole[:border])
+    write_text(folder / "held-out.txt", whole[border:])
+    calibration = Calibration(
+        text=str(folder / "train.txt"), tokens=CALIBRATION_ROWS * CONTEXT, length=CONTEXT
+    )
+    return Recipe(
+        model=model,
+        data=Data(
+            train=str(folder / "train.txt"),
+            validation=str(folder / "held-out.txt"),
+            max_length=CONTEXT,
+            overlong="split",
+        ),
+        quant=Quant(calibration=calibration),
+        train=Train(objective="pretrain", steps=1),
+        evaluate=Evaluate(loss_rows=HELD_OUT_ROWS, answer_rows=0),
+        run=folder / "run",
+    )
+
+
+def main() -> None:
+    """Measure the sweeps that are wanted, and write all that has been measured."""
+    options = _options()
+    base = recipe(options.model, options.text, options.folder)
+    for sweep in options.sweeps:
+        for formats, methods, starts, group_size in SWEEPS[sweep]:
+            changed = replace(base, quant=replace(base.quant, group_size=group_size))
+            compare(changed, formats, methods, starts, options.folder / sweep)  # type: ignore[arg-type]
+    parts = [options.folder / sweep / "compare.json" for sweep in SWEEPS]
+    _write([path for path in parts if path.exists()])
+
+
+def _write(parts: list[Path]) -> None:
+    """One table and one picture of all sweeps that there are."""
+    whole = Comparison(json.loads(parts[0].read_text("utf-8"))["measured_on"])
+    for path in parts:
+        for line in read(path, whole.measured_on).lines:
+            whole.put(line)
+    write(whole, RESULTS)
+    plot(whole.lines, PLOT)
+    print(markdown(whole.lines))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--text", type=Path, required=True, help="a text file")
+    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    parser.add_argument("--folder", type=Path, default=Path("runs/quality"))
+    parser.add_argument("--sweeps", nargs="+", default=list(SWEEPS), choices=list(SWEEPS))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

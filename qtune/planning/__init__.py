@@ -1,0 +1,1 @@
+"""Which form of a model fits a memory, from configurations alone: `qtune plan`."""

@@ -1,0 +1,54 @@
+import json
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+WORDS = "the cat sat on a mat and saw what there was to see of it "
+
+
+@pytest.fixture
+def text(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    path = tmp_path / "text.txt"
+    path.write_text((WORDS * 40 + "\n") * 30)
+    return path
+
+
+def arguments(monkeypatch, script, *given):
+    monkeypatch.setattr(sys, "argv", [script, *map(str, given)])
+
+
+def test_a_sweep_ends_in_one_table(text, tiny_model, tmp_path, monkeypatch):
+    quality = import_module("quality")
+    monkeypatch.setattr(quality, "RESULTS", tmp_path / "quality.json")
+    monkeypatch.setattr(quality, "PLOT", tmp_path / "quality.png")
+    monkeypatch.setattr(quality, "CONTEXT", 64)
+    monkeypatch.setattr(
+        quality,
+        "SWEEPS",
+        {
+            "nearest": [(["nf4"], ["nearest"], ["zero"], 64)],
+            "calibrated": [(["int2"], ["gptq"], ["zero"], 32)],
+        },
+    )
+    given = "--text", text, "--model", tiny_model, "--folder", tmp_path / "work"
+    arguments(monkeypatch, "quality.py", *given)
+    quality.main()
+    found = json.loads((tmp_path / "quality.json").read_text())
+    assert [line["name"] for line in found["lines"]] == ["16-bit", "nf4", "int2 g32 gptq"]
+    assert found["measured_on"]["held_out_rows"] == 8
+    assert (tmp_path / "quality.png").stat().st_size > 1000
+
+
+def test_runs_of_variants_end_in_one_table(text, tiny_model, tmp_path, monkeypatch):
+    tune = import_module("tune")
+    monkeypatch.setattr(tune, "RESULTS", tmp_path / "tune.json")
+    given = "--text", text, "--model", tiny_model, "--runs", tmp_path / "runs", "--steps", 3
+    arguments(monkeypatch, "tune.py", *given, "--only", "QLoRA", "16-bit")
+    tune.main()
+    rows = json.loads((tmp_path / "tune.json").read_text())["rows"]
+    assert set(rows) == {"16-bit, LoRA", "nf4, LoRA from zero (QLoRA)"}
+    assert all(row["base"] > 1 and row["trained"] > 1 for row in rows.values())
