@@ -5,7 +5,7 @@ docs/quality.md.
 
 A sweep over what `qtune compare` measures. The first part of the text is what calibration sees, the
 last one is held out; both are cut into rows of 1024 tokens. Forms that have been measured are not
-measured again. Writes docs/quality.json and docs/quality.png.
+measured again. Writes docs/quality.json, docs/quality.png and the table of docs/quality.md.
 """
 
 import argparse
@@ -21,6 +21,8 @@ from qtune.files import write_text
 from qtune.recipe import Calibration, Data, Evaluate, FormatName, Quant, Recipe, Train
 
 ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs/quality.md"
+MARKS = "<!-- table -->\n", "<!-- end of table -->"
 RESULTS, PLOT = ROOT / "docs/quality.json", ROOT / "docs/quality.png"
 CONTEXT = 1024
 CALIBRATION_ROWS = 12
@@ -94,7 +96,14 @@ def _write(parts: list[Path]) -> None:
             whole.put(line)
     write(whole, RESULTS)
     plot(whole.lines, PLOT)
-    print(markdown(whole.lines))
+    write_text(PAGE, page(PAGE.read_text("utf-8"), whole))
+
+
+def page(text: str, found: Comparison) -> str:
+    """The text of docs/quality.md with this table."""
+    before, rest = text.split(MARKS[0])
+    _, after = rest.split(MARKS[1])
+    return f"{before}{MARKS[0]}{markdown(found.lines)}{MARKS[1]}{after}"
 
 
 def _options() -> argparse.Namespace:

@@ -30,7 +30,8 @@ class Variant:
             return DENSE
         words: list[str] = [quant.format]
         if quant.group_size != Quant().group_size:
-            words.append(f"g{quant.group_size}")
+            size = quant.group_size
+            words.append(f"g{size}" if isinstance(size, int) else f"a {size}")
         if quant.layers:
             words.append("mixed")
         if quant.method != "nearest":

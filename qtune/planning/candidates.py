@@ -129,7 +129,9 @@ def _formats(
 def _candidate(
     footprint: Footprint, quant: Quant, request: Request, sense: SenseFile | None
 ) -> Candidate:
-    measured = None if sense is None else replace(_usual(sense), format=quant.format)
+    # 16 bits have no method, and lose nothing
+    known = sense is not None and quant.format is not None
+    measured = replace(_usual(sense), format=quant.format) if sense and known else None
     losses = _losses(measured, footprint, sense)
     if measured is not None and losses is not None:
         quant, lost = measured, sum(losses)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from qtune.comparing.comparison import read
+
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 WORDS = "the cat sat on a mat and saw what there was to see of it "
 
@@ -25,6 +27,8 @@ def test_a_sweep_ends_in_one_table(text, tiny_model, tmp_path, monkeypatch):
     quality = import_module("quality")
     monkeypatch.setattr(quality, "RESULTS", tmp_path / "quality.json")
     monkeypatch.setattr(quality, "PLOT", tmp_path / "quality.png")
+    monkeypatch.setattr(quality, "PAGE", tmp_path / "quality.md")
+    (tmp_path / "quality.md").write_text("above\n" + "old\n".join(quality.MARKS) + "\nbelow\n")
     monkeypatch.setattr(quality, "CONTEXT", 64)
     monkeypatch.setattr(
         quality,
@@ -41,6 +45,17 @@ def test_a_sweep_ends_in_one_table(text, tiny_model, tmp_path, monkeypatch):
     assert [line["name"] for line in found["lines"]] == ["16-bit", "nf4", "int2 g32 gptq"]
     assert found["measured_on"]["held_out_rows"] == 8
     assert (tmp_path / "quality.png").stat().st_size > 1000
+    text = (tmp_path / "quality.md").read_text()
+    assert text.startswith("above\n") and text.endswith("\nbelow\n")
+    assert "| nf4 |" in text and "old" not in text
+
+
+def test_the_page_has_the_figures_of_the_file(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    quality = import_module("quality")
+    measured_on = json.loads(quality.RESULTS.read_text("utf-8"))["measured_on"]
+    text = quality.PAGE.read_text("utf-8")
+    assert quality.page(text, read(quality.RESULTS, measured_on)) == text
 
 
 def test_runs_of_variants_end_in_one_table(text, tiny_model, tmp_path, monkeypatch):
