@@ -19,7 +19,7 @@ from qtune.progress import bar
 from qtune.quant.allocate import Option, allocate
 from qtune.quant.format import format_names, load_format
 from qtune.recipe import FormatName, Quant
-from qtune.sensing.sensitivity import SenseFile
+from qtune.sensing.sensitivity import SenseFile, shared_losses
 
 PROPOSED: tuple[FormatName | None, ...] = (None, "int8", "nf4", "int4", "int3", "int2", "e8p")
 # formats for which codes are each chosen by itself: with 8 bits nothing is left to gain, and NF4 is
@@ -157,7 +157,10 @@ def _losses(
     """What each layer was measured to lose; None where that is not known of all of them."""
     if sense is None or quant is None or quant.format is None:
         return None
-    known = {it.layer: it.loss_change for it in sense.found if it.format == quant.format}
+    shared = shared_losses(sense.found)
+    names = [it.layer for it in sense.found if it.format == quant.format]
+    # what overflowed when it was measured has a loss that is no number
+    known = {name: shared.get((name, quant.format), math.nan) for name in names}
     layers = footprint.sizes(quant).layers
     return [known[it] for it in layers] if known.keys() == layers.keys() else None
 
@@ -206,14 +209,10 @@ def _options(
 ) -> dict[str, list[Option]]:
     """The measured formats of each layer, with the bytes that they take here."""
     options: dict[str, list[Option]] = defaultdict(list)
-    for measured in sense.found:
-        # what makes numbers overflow is no option
-        if math.isfinite(measured.loss_change) and measured.format in (
-            formats or {measured.format}
-        ):
-            own = footprint.sizes(replace(usual, format=measured.format))  # type: ignore[arg-type]
-            size = own.layers[measured.layer][1]
-            options[measured.layer].append(Option(measured.format, size, measured.loss_change))
+    for (layer, name), loss in shared_losses(sense.found).items():
+        if formats is None or name in formats:
+            own = footprint.sizes(replace(usual, format=name))  # type: ignore[arg-type]
+            options[layer].append(Option(name, own.layers[layer][1], loss))
     return options
 
 

@@ -3,10 +3,16 @@
 The first line says what was measured: model, text, method. Every other is one layer in one format
 and is written as it is found, so an interrupted measurement goes on where it was. `qtune plan`
 reads the file and needs neither the model nor the text.
+
+What a single layer changes is less than what the text's few rows tell apart; what all of them
+change together is not. So the changes of all layers in a format are added up and shared out again
+by what each layer loses of its output (`shared_losses`).
 """
 
 import json
-from collections.abc import Iterator
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +35,21 @@ class Sensitivity:
     """By how much the model's loss changes on the text, in nats a token."""
     standard_error: float
     """Of the change, over rows of the text."""
+
+
+def shared_losses(found: Sequence[Sensitivity]) -> dict[tuple[str, str], float]:
+    """What each layer (name, format) is taken to lose, in nats a token, from 0 on.
+
+    What makes numbers overflow is left out.
+    """
+    changes: dict[str, float] = defaultdict(float)
+    errors: dict[str, float] = defaultdict(float)
+    finite = [it for it in found if math.isfinite(it.loss_change + it.output_error)]
+    for it in finite:
+        changes[it.format] += it.loss_change
+        errors[it.format] += it.output_error
+    each = {name: max(changes[name], 0.0) / (errors[name] or 1.0) for name in changes}
+    return {(it.layer, it.format): each[it.format] * it.output_error for it in finite}
 
 
 @dataclass(frozen=True)

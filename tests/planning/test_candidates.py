@@ -39,11 +39,15 @@ def footprint(name="small", width=64, layers=4):
 def measured(model, formats=FORMATS):
     """Layers that lose the more the later they come, a quarter for each bit more."""
     found = [
-        Sensitivity(layer, name, num, 0, 0.0, (1 + 10 * place) * num / 4.0 ** bits(name), 0.1)
+        Sensitivity(layer, name, num, 0, 1e-6 * loss(place, num, name), loss(place, num, name), 0.1)
         for place, (layer, (num, _)) in enumerate(model.sizes(form("int4")).layers.items())
         for name in formats
     ]
     return SenseFile(Path("sense.jsonl"), HEADER, found)
+
+
+def loss(place, num_weights, name):
+    return (1 + 10 * place) * num_weights / 4.0 ** bits(name)
 
 
 def bits(name):
