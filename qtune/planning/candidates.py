@@ -84,8 +84,8 @@ def candidates(
             progress.advance(words=footprint.label)
     if sense is not None:
         mixed = _mixed(_measured(footprints, sense), request, formats, bits_budget, sense)
-        # where one format is the best for all, it is there already
-        found += [mixed] if mixed.quant.layers else []
+        # one format that is the best for all may be there already
+        found += [mixed] if all(mixed.quant != it.quant for it in found) else []
     within = [it for it in found if bits_budget is None or it.sizes.bits <= bits_budget]
     if not within:
         least = min(it.sizes.bits for it in found)
