@@ -120,7 +120,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, required=True, help="a text file")
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--runs", type=Path, default=Path("runs/tune"))
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--scales-lr", type=float, default=1e-4)
     parser.add_argument("--only", nargs="+", help="variants with one of these words")
