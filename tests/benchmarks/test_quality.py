@@ -59,10 +59,10 @@ def test_the_page_has_the_figures_of_the_file(monkeypatch):
 
 
 def test_runs_of_variants_end_in_one_table(text, tiny_model, tmp_path, monkeypatch):
-    tune = import_module("tune")
+    tune = import_module("fine_tune")
     monkeypatch.setattr(tune, "RESULTS", tmp_path / "tune.json")
     given = "--text", text, "--model", tiny_model, "--runs", tmp_path / "runs", "--steps", 3
-    arguments(monkeypatch, "tune.py", *given, "--only", "QLoRA", "16-bit")
+    arguments(monkeypatch, "fine_tune.py", *given, "--only", "QLoRA", "16-bit")
     tune.main()
     rows = json.loads((tmp_path / "tune.json").read_text())["rows"]
     assert set(rows) == {"16-bit, LoRA", "nf4, LoRA from zero (QLoRA)"}

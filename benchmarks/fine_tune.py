@@ -1,6 +1,6 @@
 """What is left to lose after fine-tuning: bases in few bits, adapters, and how these begin.
 
-    python benchmarks/tune.py --text wikitext2-valid.txt --model SmolLM2-135M-Instruct
+    python benchmarks/fine_tune.py --text wikitext2-valid.txt --model SmolLM2-135M-Instruct
 
 Each variant is a run of `qtune train` on the same text, in the same order and with the same number
 of steps; only the words that its name stands for are other. The text's last part is held out. Runs
