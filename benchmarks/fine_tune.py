@@ -15,13 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from text_parts import TextParts, text_parts
+
 from qtune.files import write_text
 from qtune.recipe import Data, Evaluate, Lora, Quant, Recipe, Scales, Train
-from qtune.recipe_data import Source
 
 RESULTS = Path(__file__).parents[1] / "docs/tune.json"
-# of the text, at its end
-HELD_OUT_SHARE = 0.06
 TWO_BITS = Quant(format="int2", method="gptq", rotate=True)
 CLOQ = Lora(init="cloq")
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -49,8 +48,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def main() -> None:
     """Train what has not been trained, and show it."""
     options = _options()
-    text = options.text.read_text(encoding="utf-8")
-    parts = _split(text, options.runs)
+    parts = text_parts(options.text, options.runs)
     rows = {}
     for name, changes in VARIANTS.items():
         if options.only and not any(word in name for word in options.only):
@@ -63,18 +61,7 @@ def main() -> None:
     write_text(RESULTS, json.dumps({"facts": facts, "rows": rows}, indent=2) + "\n")
 
 
-def _split(text: str, folder: Path) -> tuple[Source, Source]:
-    """The text as a file to train on and one that is held out."""
-    border = text.index("\n", int(len(text) * (1 - HELD_OUT_SHARE)))
-    sources = []
-    for name, part in (("train.txt", text[:border]), ("held-out.txt", text[border:])):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(part, encoding="utf-8")
-        sources.append(Source(path=str(folder / name)))
-    return sources[0], sources[1]
-
-
-def _recipe(options: argparse.Namespace, parts: tuple[Source, Source], folder: Path) -> Recipe:
+def _recipe(options: argparse.Namespace, parts: TextParts, folder: Path) -> Recipe:
     train = Train(
         objective="pretrain",
         steps=options.steps,
@@ -87,7 +74,7 @@ def _recipe(options: argparse.Namespace, parts: tuple[Source, Source], folder: P
     )
     return Recipe(
         model=options.model,
-        data=Data(train=parts[0], validation=parts[1], max_length=512, overlong="split"),
+        data=Data(train=parts.train, validation=parts.held_out, max_length=512, overlong="split"),
         train=train,
         scales=Scales(lr=options.scales_lr),
         evaluate=Evaluate(loss_rows=24, answer_rows=0),

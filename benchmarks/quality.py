@@ -14,6 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
+from text_parts import text_parts
+
 from qtune.comparing.compare_formats import compare
 from qtune.comparing.comparison import Comparison, markdown, read, write
 from qtune.comparing.comparison_plot import plot
@@ -27,8 +29,6 @@ RESULTS, PLOT = ROOT / "docs/quality.json", ROOT / "docs/quality.png"
 CONTEXT = 1024
 CALIBRATION_ROWS = 12
 HELD_OUT_ROWS = 8
-# of the text, at its end
-HELD_OUT_SHARE = 0.06
 NEAREST = [name for name in get_args(FormatName) if name != "e8p"]
 INTEGERS = ["int4", "int3", "int2"]
 # formats, methods, starts; group size
@@ -44,28 +44,20 @@ SWEEPS: dict[str, list[tuple[list[str], list[str], list[str], int | str]]] = {
         (INTEGERS, ["gptq", "gptq+rotate"], ["zero"], 64),
         (["e8p"], ["gptq"], ["zero"], 64),
         (["int3", "int2"], ["gptq+rotate"], ["cloq"], 64),
-        (["int4", "int3"], ["awq"], ["zero"], 64),
-        (["nf4", "lm2"], ["gptq+rotate"], ["zero"], 64),
-        (["int2"], ["gptq+rotate"], ["zero"], 32),
+        (["int4"], ["awq"], ["zero"], 64),
     ],
 }
 
 
 def recipe(model: str, text: Path, folder: Path) -> Recipe:
     """A recipe whose rows are those of the text."""
-    whole = text.read_text(encoding="utf-8")
-    border = whole.index("\n", int(len(whole) * (1 - HELD_OUT_SHARE)))
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "train.txt", whole[:border])
-    write_text(folder / "held-out.txt", whole[border:])
-    calibration = Calibration(
-        text=str(folder / "train.txt"), tokens=CALIBRATION_ROWS * CONTEXT, length=CONTEXT
-    )
+    parts = text_parts(text, folder)
+    calibration = Calibration(text=parts.train, tokens=CALIBRATION_ROWS * CONTEXT, length=CONTEXT)
     return Recipe(
         model=model,
         data=Data(
-            train=str(folder / "train.txt"),
-            validation=str(folder / "held-out.txt"),
+            train=parts.train,
+            validation=parts.held_out,
             max_length=CONTEXT,
             overlong="split",
         ),
@@ -83,7 +75,7 @@ def main() -> None:
     for sweep in options.sweeps:
         for formats, methods, starts, group_size in SWEEPS[sweep]:
             changed = replace(base, quant=replace(base.quant, group_size=group_size))
-            compare(changed, formats, methods, starts, options.folder / sweep)  # type: ignore[arg-type]
+            compare(changed, formats, methods, starts, options.folder / sweep)
     parts = [options.folder / sweep / "compare.json" for sweep in SWEEPS]
     _write([path for path in parts if path.exists()])
 
