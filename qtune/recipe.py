@@ -12,16 +12,17 @@ from typing import Literal
 
 from qtune.errors import UserError, check_at_least
 from qtune.recipe_data import Data
+from qtune.recipe_export import ExportName, Merge
 from qtune.recipe_quant import Calibration, FormatName, MethodName, Quant
 from qtune.recipe_train import Train
 
 AdapterName = Literal["lora", "scales", "lora + scales", "qa-lora"]
-ExportName = Literal["adapter", "bf16", "bitsandbytes", "qtune"]
 
 __all__ = [
     "Calibration",
     "Data",
     "Evaluate",
+    "ExportName",
     "FormatName",
     "Log",
     "Lora",
@@ -106,16 +107,6 @@ class Evaluate:
     def __post_init__(self) -> None:
         check_at_least(self, "evaluate", 1, "loss_rows", "max_new_tokens")
         check_at_least(self, "evaluate", 0, "answer_rows")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Merge:
-    """How the adapter is folded into weights."""
-
-    base: Literal["auto", "original", "dequantized"] = "auto"
-    """What it is added to; auto measures both and takes the one with the lower held-out loss."""
-    quantized: Literal["pair", "merged"] = "pair"
-    """Form of quantized exports: `pair`, base and adapter, exact, or `merged`, which loses some."""
 
 
 @dataclass(frozen=True, kw_only=True)

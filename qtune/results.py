@@ -6,11 +6,13 @@ Everything is compared with the trained model, that is the adapter on the base i
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, get_args
 
 from torch import nn
 
 from qtune.bench import Bench, weight_bytes
+from qtune.data.calibration import calibration_text
 from qtune.data.rows import Message
 from qtune.data.sample import Sample
 from qtune.evaluate import compare
@@ -85,7 +87,8 @@ class Results:
             if name == "bf16":
                 self._merge()
             else:
-                self._export(name, self._trained, name, f"export {name}")
+                trained = replace(self._trained, form=exporter.form_of(name, self._recipe))
+                self._export(name, trained, name, f"export {name}")
 
     def _merge(self) -> None:
         """Merge onto each base the recipe allows, measure, and keep the one with the lower loss.
@@ -181,10 +184,15 @@ class Results:
             trust_remote_code=recipe.trust_remote_code,
         )
         model = load_trained(base, self._run.adapter)
-        form = recipe.merge.quantized
         begun = start.read(self._run.start)
+        text = partial(
+            calibration_text,
+            recipe.quant.calibration,
+            self._setup.data.feed.samples,
+            self._setup.tokenizer,
+        )
         return Trained(
-            recipe, model, self._setup.tokenizer, self._setup.base, form=form, start=begun
+            recipe, model, self._setup.tokenizer, self._setup.base, start=begun, text=text
         )
 
     def _samples(self, before: Answers, after: Answers) -> list[dict[str, Any]]:

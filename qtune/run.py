@@ -42,7 +42,7 @@ def train(recipe: Recipe, *, resume: bool = False, allow: Sequence[str] = ()) ->
     A resumed run may differ from how it began in the recipe's keys, or sections, named in `allow`.
     Raises UserError for what the user can mend; before training starts, with nothing written.
     """
-    exporter.check(recipe, recipe.export, recipe.merge.quantized)
+    exporter.check(recipe, recipe.export)
     changed = run_folder.check(recipe, resume=resume, allow=allow)
     log.check_trackers(recipe)
     objective = load_objective(recipe.train)
@@ -160,7 +160,7 @@ def check(recipe: Recipe, memory: str | None = None, num_processes: int = 1) -> 
     With `memory`, such as 24GiB, the plan is for GPUs with so much of it, which need not be here,
     and of the model no weights are needed.
     """
-    exporter.check(recipe, recipe.export, recipe.merge.quantized)
+    exporter.check(recipe, recipe.export)
     log.check_trackers(recipe)
     load_objective(recipe.train)
     accelerator = parallel.open_accelerator()
@@ -190,7 +190,7 @@ def evaluate(run: RunFolder) -> None:
 def export(run: RunFolder, names: Sequence[str]) -> None:
     """Write and measure exports of the run, and write its report."""
     run.check_trained()
-    exporter.check(run.recipe, tuple(names), run.recipe.merge.quantized)
+    exporter.check(run.recipe, names)
     results = Results(run, open_setup(run.recipe, parallel.open_accelerator()))
     results.export(names)
     report(run)

@@ -10,7 +10,7 @@ from typing import get_args
 
 import pytest
 
-from qtune.recipe import ExportName, FormatName, MethodName
+from qtune.recipe import FormatName, MethodName
 from qtune.recipe_data import RowFormat
 from qtune.recipe_train import ObjectiveName
 from qtune.recipe_yaml import json_schema
@@ -18,7 +18,6 @@ from qtune.recipe_yaml import json_schema
 ROOT = Path(__file__).parent.parent
 PACKAGES = {ROOT / "qtune": ROOT / "tests", ROOT / "kernels/qtune_kernels": ROOT / "tests/kernels"}
 MAX_LINES = 400
-EXPORT_HELPERS = {"exporter", "verify"}
 
 
 def python_files(*folders: str) -> list[Path]:
@@ -122,11 +121,10 @@ def test_recipes_point_editors_to_the_schema() -> None:
     [
         (get_args(FormatName), "qtune/quant/formats", set()),
         (get_args(MethodName), "qtune/quant/methods", {"ldlq"}),
-        (get_args(ExportName), "qtune/export", EXPORT_HELPERS),
         (get_args(ObjectiveName), "qtune/train/objectives", set()),
         (set(get_args(RowFormat)) - {"auto"}, "qtune/data/formats", set()),
     ],
-    ids=["formats", "methods", "exports", "objectives", "row formats"],
+    ids=["formats", "methods", "objectives", "row formats"],
 )
 def test_names_in_the_recipe_are_the_files(
     names: tuple[str, ...], folder: str, helpers: set[str]

@@ -32,6 +32,9 @@ class AdapterExporter:
         """Nothing: every run has an adapter."""
         return []
 
+    def quant(self, recipe: Recipe) -> None:
+        """None: it is not merged."""
+
     def size_bytes(self, trained: Trained) -> int:
         """The bytes of the adapter's tensors."""
         state = get_peft_model_state_dict(trained.model, save_embedding_layers=False)
@@ -90,4 +93,4 @@ def base_name(trained: Trained) -> str:
     return str(trained.base_folder) if made_of_file else model
 
 
-EXPORTER = AdapterExporter()
+EXPORTERS = {"adapter": AdapterExporter()}

@@ -28,6 +28,9 @@ class Bf16Exporter:
         """Nothing: every adapter that qtune trains can be merged."""
         return []
 
+    def quant(self, recipe: Recipe) -> None:
+        """None: its weights are in 16 bits."""
+
     def size_bytes(self, trained: Trained) -> int:
         """The bytes of the 16-bit weights."""
         parameters = trained.base.parameters()
@@ -57,4 +60,4 @@ class Bf16Exporter:
         return changes | ({"tie_word_embeddings": False} if untied(trained.model) else {})
 
 
-EXPORTER = Bf16Exporter()
+EXPORTERS = {"bf16": Bf16Exporter()}

@@ -51,6 +51,10 @@ class BitsandbytesExporter:
         problems = [f"{MISSING}, or leave this export out"] if missing else []
         return problems if form == "merged" else problems + _unknown(recipe.quant)
 
+    def quant(self, recipe: Recipe) -> Quant:
+        """NF4 as bitsandbytes makes it."""
+        return Quant(skip=recipe.quant.skip)
+
     def size_bytes(self, trained: Trained) -> int:
         """The bytes of codes, scales, what stays in 16 bits and the adapter."""
         return quantized_bytes(trained)
@@ -156,4 +160,4 @@ def _check_cpu(model: PreTrainedModel, device: torch.device) -> None:
             )
 
 
-EXPORTER = BitsandbytesExporter()
+EXPORTERS = {"bitsandbytes": BitsandbytesExporter()}

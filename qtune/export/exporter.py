@@ -1,8 +1,8 @@
 """What an exporter is, how it is found, and how a folder is written so that it is whole or not
 there.
 
-An exporter is one file in this folder whose name is the word used in recipes. Quantized exports
-have two forms. `pair`, the default, is the frozen base bit for bit beside the adapter: together
+The exporters of a file are named by its name, or begin with it: `gguf-q4_k_m` is in gguf.py.
+Quantized exports have two forms. `pair` is the frozen base bit for bit beside the adapter: together
 exactly the trained model. `merged` is one model, the adapter merged into the original 16-bit
 weights and quantized once, which loses something. A merge onto dequantized weights is never
 quantized again: that rounds the adapter away.
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import torch
 from peft import PeftModel
@@ -25,7 +25,7 @@ from qtune.export.adapter import write_adapter
 from qtune.export.folder import companions, manifest, scales
 from qtune.export.folder.trained import Form, Trained
 from qtune.model import scales_file
-from qtune.recipe import Recipe
+from qtune.recipe import ExportName, Quant, Recipe
 
 __all__ = [
     "Exporter",
@@ -39,8 +39,6 @@ __all__ = [
     "write_run_adapter",
 ]
 
-HELPERS = {"exporter", "verify"}
-
 
 class Exporter(Protocol):
     """One export format. `consumer` is the library that loads the folder."""
@@ -49,6 +47,10 @@ class Exporter(Protocol):
 
     def check(self, recipe: Recipe, form: Form = "pair") -> list[str]:
         """Why a run of this recipe cannot be exported so; asked before training. Empty: it can."""
+        ...
+
+    def quant(self, recipe: Recipe) -> Quant | None:
+        """How merged weights are quantized for it; None: they stay in 16 bits, or are not merged."""
         ...
 
     def size_bytes(self, trained: Trained) -> int:
@@ -67,24 +69,32 @@ class Exporter(Protocol):
 
 
 def exporter_names() -> list[str]:
-    """The words for exports in a recipe: the file names in this folder."""
-    return sorted({p.stem for p in Path(__file__).parent.glob("[!_]*.py")} - HELPERS)
+    """The words for exports in a recipe."""
+    return list(get_args(ExportName))
 
 
 def load_exporter(name: str) -> Exporter:
     """The exporter of that name; raises UserError for an unknown one."""
     if name not in exporter_names():
         raise UserError(f"unknown export '{name}'; there are: {', '.join(exporter_names())}")
-    found: Exporter = import_module(f"qtune.export.{name}").EXPORTER
+    found: Exporter = import_module(f"qtune.export.{_module(name)}").EXPORTERS[name]
     return found
 
 
-def check(recipe: Recipe, names: tuple[str, ...], form: Form = "pair") -> None:
+def form_of(name: str, recipe: Recipe) -> Form:
+    """The form that an export takes; `auto` is the exact pair wherever the recipe allows it."""
+    wanted = recipe.merge.quantized
+    if wanted != "auto":
+        return wanted
+    return "merged" if _problems(name, recipe, "pair") else "pair"
+
+
+def check(recipe: Recipe, names: Sequence[str]) -> None:
     """Raises UserError with every reason why a run of this recipe cannot be exported so."""
     problems = [
         f"export {name}: {why}"
         for name in names
-        for why in load_exporter(name).check(recipe, form) + scales.why_not(name, recipe, form)
+        for why in _problems(name, recipe, form_of(name, recipe))
     ]
     if problems:
         raise UserError("\n".join(problems))
@@ -100,7 +110,7 @@ def check_mixture(recipe: Recipe, names: Sequence[str], layers: Iterable[str]) -
     problems = []
     if "bitsandbytes" in names:
         problems.append("bitsandbytes: transformers loads no quantized experts with it")
-    if "qtune" in names and recipe.merge.quantized == "merged":
+    if "qtune" in names and form_of("qtune", recipe) == "merged":
         problems.append("qtune: a mixture's experts are exported as a pair; set merge.quantized")
     if "adapter" in names and recipe.lora.experts:
         problems.append("adapter: PEFT alone has no such layers; export bf16, or drop lora.experts")
@@ -116,7 +126,9 @@ def export(name: str, trained: Trained, folder: Path) -> Path:
     exported so, the disk is too small, or the folder holds something else.
     """
     exporter = load_exporter(name)
-    check(trained.recipe, (name,), trained.form)
+    problems = _problems(name, trained.recipe, trained.form)
+    if problems:
+        raise UserError(f"export {name}: {problems[0]}")
     check_mixture(trained.recipe, (name,), dict(trained.base.named_modules()))
     with _in_place_of(folder, manifest.NAME) as partial:
         need_space(partial, exporter.size_bytes(trained))
@@ -156,6 +168,19 @@ def need_space(folder: Path, size_bytes: int) -> None:
             f"the disk of {folder.parent} is too small: this export takes {size_bytes:,} bytes and "
             f"{missing:,} are missing; make room, or export fewer forms"
         )
+
+
+def _module(name: str) -> str:
+    """The file of an exporter: of those that its name begins with, the longest."""
+    words = name.split("-")
+    stems = ("_".join(words[:number]) for number in range(len(words), 0, -1))
+    return next(stem for stem in stems if (Path(__file__).parent / f"{stem}.py").is_file())
+
+
+def _problems(name: str, recipe: Recipe, form: Form) -> list[str]:
+    exporter = load_exporter(name)
+    quantizes = exporter.quant(recipe) is not None
+    return exporter.check(recipe, form) + scales.why_not(name, recipe, form, quantizes=quantizes)
 
 
 @contextmanager

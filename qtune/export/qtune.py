@@ -1,6 +1,7 @@
 """`qtune`: our own quantized folder in any format, for `from_pretrained` after `import qtune`."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ from qtune.export.folder.trained import Form, Trained
 from qtune.model.load import register
 from qtune.model.quant_config import QtuneConfig
 from qtune.quant.linear import QuantLinear
-from qtune.recipe import Recipe
+from qtune.recipe import FormatName, Quant, Recipe
 
 # what a merged model is quantized to where the run's base was not quantized
-DEFAULT_FORMAT = "nf4"
+DEFAULT_FORMAT: FormatName = "nf4"
 
 
 class QtuneExporter:
@@ -41,6 +42,11 @@ class QtuneExporter:
         return [
             "quant.format is null, so there is no quantized base; export bf16 or the merged form"
         ]
+
+    def quant(self, recipe: Recipe) -> Quant:
+        """That of the base; NF4 where it is in 16 bits."""
+        quant = recipe.quant
+        return quant if quant.format else replace(quant, format=DEFAULT_FORMAT)
 
     def size_bytes(self, trained: Trained) -> int:
         """The bytes of codes, scales, what stays in 16 bits and the adapter."""
@@ -87,4 +93,4 @@ def _for_nearest(config: QtuneConfig) -> QtuneConfig:
     return QtuneConfig(**config.to_dict() | calibrated | {"layers": layers})
 
 
-EXPORTER = QtuneExporter()
+EXPORTERS = {"qtune": QtuneExporter()}

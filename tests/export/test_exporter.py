@@ -19,6 +19,7 @@ from qtune.export.exporter import (
     check_mixture,
     export,
     exporter_names,
+    form_of,
     load_exporter,
     need_space,
     write_run_adapter,
@@ -26,7 +27,7 @@ from qtune.export.exporter import (
 from qtune.export.folder import template
 from qtune.export.verify import check_logits, reload
 from qtune.model.merge import merged_tensors
-from qtune.recipe import Quant
+from qtune.recipe import Merge, Quant
 
 CPU = torch.device("cpu")
 COMPANIONS = {
@@ -41,6 +42,9 @@ WRITTEN = {
     "bitsandbytes": MODEL | PAIR,
     "qtune": MODEL | PAIR,
 }
+
+
+NAMES = list(WRITTEN)
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2"])
@@ -59,7 +63,7 @@ def expected_model(name: str, trained: Trained) -> PreTrainedModel | PeftModel:
     return dense
 
 
-@pytest.mark.parametrize("name", exporter_names())
+@pytest.mark.parametrize("name", NAMES)
 def test_consumer_computes_what_was_exported(
     name: str, trained: Trained, tmp_path: Path, rows: list[list[int]]
 ) -> None:
@@ -92,7 +96,7 @@ def test_merged_form_is_close_to_the_original_merge(
     assert found.change > 0.05, "four bits lose more than that"
 
 
-@pytest.mark.parametrize("name", exporter_names())
+@pytest.mark.parametrize("name", NAMES)
 def test_size_is_about_what_is_written(name: str, trained: Trained, tmp_path: Path) -> None:
     folder = export(name, trained, tmp_path / name)
     written = sum(p.stat().st_size for p in folder.rglob("*.safetensors"))
@@ -100,7 +104,7 @@ def test_size_is_about_what_is_written(name: str, trained: Trained, tmp_path: Pa
     assert 0.7 * written < size < 1.5 * written + 10_000
 
 
-@pytest.mark.parametrize("name", exporter_names())
+@pytest.mark.parametrize("name", NAMES)
 def test_interrupted_write_leaves_nothing(
     name: str, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,14 +161,20 @@ def test_full_disk_is_told_in_bytes(tmp_path: Path) -> None:
 def test_every_reason_is_given_at_once(trained: Trained) -> None:
     recipe = replace(trained.recipe, quant=Quant(format=None))
     with pytest.raises(UserError) as error:
-        check(recipe, ("adapter", "bitsandbytes", "qtune"))
+        check(replace(recipe, merge=Merge(quantized="pair")), ("adapter", "bitsandbytes", "qtune"))
     first, second = str(error.value).splitlines()
     assert first.startswith("export bitsandbytes: ") and second.startswith("export qtune: ")
-    check(recipe, ("adapter", "bitsandbytes", "qtune"), "merged")
+    check(recipe, ("adapter", "bitsandbytes", "qtune"))
+    assert form_of("bitsandbytes", recipe) == "merged"
+
+
+@pytest.mark.parametrize("name", exporter_names())
+def test_each_name_has_its_exporter(name: str) -> None:
+    assert load_exporter(name).consumer
 
 
 def test_unknown_name_lists_the_known() -> None:
-    with pytest.raises(UserError, match="'gguf'; there are: adapter, bf16, bitsandbytes, qtune"):
+    with pytest.raises(UserError, match="'gguf'; there are: adapter, adapter-gguf, bf16"):
         load_exporter("gguf")
 
 

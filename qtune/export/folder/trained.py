@@ -1,5 +1,6 @@
 """What an export is made from."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -8,6 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qtune.data.calibration import Text
 from qtune.model.checkpoint import stored_dtype
 from qtune.model.merge import Onto, base_model
 from qtune.model.start import Start
@@ -21,7 +23,8 @@ class Trained:
     """The trained model and where it came from.
 
     `base_folder` holds the weights it was loaded from, `onto` says what 16-bit exports merge the
-    adapter onto, `form` which form quantized exports take, `start` what the adapter began with.
+    adapter onto, `form` which form quantized exports take, `start` what the adapter began with,
+    `text` gives what merged weights are calibrated with.
     """
 
     recipe: Recipe
@@ -31,6 +34,7 @@ class Trained:
     onto: Onto = "original"
     form: Form = "pair"
     start: Start = field(default_factory=dict)
+    text: Callable[[], Text] | None = None
 
     @property
     def base(self) -> PreTrainedModel:

@@ -6,7 +6,8 @@ import pytest
 
 from qtune.errors import UserError
 from qtune.export.exporter import check, exporter_names
-from qtune.export.folder.scales import why_not
+from qtune.export.folder import scales
+from qtune.export.folder.trained import Form
 from qtune.recipe import Data, Merge, Quant, Recipe, Train
 
 
@@ -22,6 +23,14 @@ def recipe(adapter: str, **merge: str) -> Recipe:
     )
 
 
+# of those that take merged weights in 16 bits
+DENSE = {"adapter", "adapter-gguf", "bf16", "fp16", "gguf-f16"}
+
+
+def why_not(name: str, recipe: Recipe, form: Form) -> list[str]:
+    return scales.why_not(name, recipe, form, quantizes=name not in DENSE)
+
+
 @pytest.mark.parametrize("name", exporter_names())
 def test_lora_goes_everywhere(name: str) -> None:
     assert why_not(name, recipe("lora"), "pair") == []
@@ -31,6 +40,8 @@ def test_lora_goes_everywhere(name: str) -> None:
 def test_what_holds_the_others(adapter: str) -> None:
     found = {name for name in exporter_names() if not why_not(name, recipe(adapter), "pair")}
     assert {"bf16", "qtune"} <= found and not {"adapter", "bitsandbytes"} & found
+    # trained scales fit, zero points with an update in them do not
+    assert ("gptq" in found) == (adapter != "qa-lora")
 
 
 def test_only_onto_codes_and_with_them() -> None:

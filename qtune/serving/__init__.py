@@ -1,0 +1,1 @@
+"""What is done with an export after it left: verified, uploaded, played against a server."""
