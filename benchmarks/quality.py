@@ -4,28 +4,37 @@ docs/quality.md.
     python benchmarks/quality.py --text wikitext2-valid.txt
 
 A sweep over what `qtune compare` measures. The first part of the text is what calibration sees, the
-last one is held out; both are cut into rows of 1024 tokens. Forms that have been measured are not
-measured again. Writes docs/quality.json, docs/quality.png and the table of docs/quality.md.
+last one is held out; both are cut into rows of 1024 tokens. The mixture is what `qtune sense` and
+`qtune plan` make of the first part, in no more bytes than 3 bits take. Forms that have been
+measured are not measured again. Writes docs/quality.json, docs/quality.png, docs/sense.png and the
+table of docs/quality.md.
 """
 
 import argparse
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 from text_parts import text_parts
+from transformers import AutoConfig
 
 from qtune.comparing.compare_formats import compare
 from qtune.comparing.comparison import Comparison, markdown, read, write
 from qtune.comparing.comparison_plot import plot
 from qtune.files import write_text
+from qtune.model.sources import resolve
+from qtune.planning.planner import plan
+from qtune.planning.sizes import sizes
 from qtune.recipe import Calibration, Data, Evaluate, FormatName, Quant, Recipe, Train
+from qtune.sensing.sense import sense
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/quality.md"
 MARKS = "<!-- table -->\n", "<!-- end of table -->"
 RESULTS, PLOT = ROOT / "docs/quality.json", ROOT / "docs/quality.png"
+SENSE_PLOT = ROOT / "docs/sense.png"
 CONTEXT = 1024
 CALIBRATION_ROWS = 12
 HELD_OUT_ROWS = 8
@@ -47,6 +56,9 @@ SWEEPS: dict[str, list[tuple[list[str], list[str], list[str], int | str]]] = {
         (["int4"], ["awq"], ["zero"], 64),
     ],
 }
+# what the mixture is made of, and what it is to be smaller than: both found with ROTATED
+MIXED, MIXED_OF, UNIFORM = "mixed", ["int4", "int3", "e8p"], "int3"
+ROTATED = "gptq+rotate"
 
 
 def recipe(model: str, text: Path, folder: Path) -> Recipe:
@@ -68,15 +80,46 @@ def recipe(model: str, text: Path, folder: Path) -> Recipe:
     )
 
 
+def mixture(base: Recipe, folder: Path) -> Recipe:
+    """The recipe with a format for each layer, chosen by its calibration text alone."""
+    calibration = base.quant.calibration
+    uniform = replace(base.quant, format=UNIFORM, method="gptq", rotate=True)
+    config = AutoConfig.from_pretrained(resolve(base.model, report=print))
+    measured = sense(
+        base.model,
+        text=Path(calibration.text),
+        formats=MIXED_OF,
+        method=ROTATED,
+        tokens=calibration.tokens,
+        out=folder / "sense.jsonl",
+    )
+    chosen = plan(
+        [base.model],
+        "1TB",
+        CONTEXT,
+        serve=True,
+        formats=MIXED_OF,
+        bits_budget=sizes(config, uniform).bits,
+        sense=measured.path,
+        out=folder / "fragment.yaml",
+    ).chosen
+    return replace(base, quant=replace(chosen.quant, calibration=calibration))
+
+
 def main() -> None:
     """Measure the sweeps that are wanted, and write all that has been measured."""
     options = _options()
     base = recipe(options.model, options.text, options.folder)
     for sweep in options.sweeps:
-        for formats, methods, starts, group_size in SWEEPS[sweep]:
+        folder = options.folder / sweep
+        for formats, methods, starts, group_size in SWEEPS.get(sweep, []):
             changed = replace(base, quant=replace(base.quant, group_size=group_size))
-            compare(changed, formats, methods, starts, options.folder / sweep)
-    parts = [options.folder / sweep / "compare.json" for sweep in SWEEPS]
+            compare(changed, formats, methods, starts, folder)
+        if sweep == MIXED:
+            mixed = mixture(base, folder)
+            compare(mixed, [mixed.quant.format], [ROTATED], ["zero"], folder)
+            shutil.copyfile(folder / "sense.png", SENSE_PLOT)
+    parts = [options.folder / sweep / "compare.json" for sweep in (*SWEEPS, MIXED)]
     _write([path for path in parts if path.exists()])
 
 
@@ -99,11 +142,12 @@ def page(text: str, found: Comparison) -> str:
 
 
 def _options() -> argparse.Namespace:
+    sweeps = [*SWEEPS, MIXED]
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--text", type=Path, required=True, help="a text file")
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--folder", type=Path, default=Path("runs/quality"))
-    parser.add_argument("--sweeps", nargs="+", default=list(SWEEPS), choices=list(SWEEPS))
+    parser.add_argument("--sweeps", nargs="+", default=sweeps, choices=sweeps)
     return parser.parse_args()
 
 

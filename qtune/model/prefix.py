@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from qtune.model.calibration.hessian import Enough
+
 Output = Any
 
 
@@ -29,11 +31,16 @@ def left_out(blocks: Sequence[nn.Module], output: Output) -> Iterator[None]:
 
 
 @contextmanager
-def outputs_of(block: nn.Module) -> Iterator[list[Output]]:
-    """What the block returns meanwhile, call by call."""
+def stopping_behind(block: nn.Module) -> Iterator[list[Output]]:
+    """What the block returns meanwhile, call by call; each raises Enough instead of going on."""
     found: list[Output] = []
-    hook = block.register_forward_hook(lambda module, args, output: found.append(output))
+
+    def stop(module: nn.Module, args: Any, output: Output) -> None:
+        found.append(output)
+        raise Enough
+
+    handle = block.register_forward_hook(stop)
     try:
         yield found
     finally:
-        hook.remove()
+        handle.remove()

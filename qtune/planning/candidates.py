@@ -1,25 +1,24 @@
 """Forms of models that could be trained or used in some memory, and which of them is the best.
 
 A form is a number format with the method that suits it. What each takes is counted (`footprint`);
-what it loses is looked up (`expected_loss`), or is what `qtune sense` has measured of the model,
-where losses of layers are taken to add up. With measurements the formats are also chosen layer by
-layer (`quant/allocate.py`), for as many bytes as there are.
+what it loses is looked up (`expected_loss`), or is what `qtune sense` has measured of the model.
+With measurements the formats are also chosen layer by layer (`mixture`), for as many bytes as there
+are.
 """
 
 import math
-from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from qtune.errors import UserError
 from qtune.planning.expected_loss import LEAST_FOR_LOW_BITS, expected_loss, gain_of_size
 from qtune.planning.footprint import Footprint, Need, Request
+from qtune.planning.mixture import Measurements
 from qtune.planning.sizes import Sizes
 from qtune.progress import bar
-from qtune.quant.allocate import Option, allocate
 from qtune.quant.format import format_names, load_format
 from qtune.recipe import FormatName, Quant
-from qtune.sensing.sensitivity import SenseFile, shared_losses
+from qtune.sensing.sensitivity import SenseFile
 
 PROPOSED: tuple[FormatName | None, ...] = (None, "int8", "nf4", "int4", "int3", "int2", "e8p")
 # formats for which codes are each chosen by itself: with 8 bits nothing is left to gain, and NF4 is
@@ -77,15 +76,17 @@ def candidates(
     measurements are of another model.
     """
     wanted = [(model, form(name)) for model in footprints for name in _formats(model, formats)]
+    measured = None if sense is None else Measurements(sense)
     found = []
     with bar("forms", len(wanted)) as progress:
         for footprint, quant in wanted:
-            found.append(_candidate(footprint, quant, request, sense))
+            found.append(_candidate(footprint, quant, request, measured))
             progress.advance(words=footprint.label)
-    if sense is not None:
-        mixed = _mixed(_measured(footprints, sense), request, formats, bits_budget, sense)
+    if measured is not None:
+        mixed = _mixed(footprints, request, formats, bits_budget, measured)
         # one format that is the best for all may be there already
-        found += [mixed] if all(mixed.quant != it.quant for it in found) else []
+        if mixed is not None and all(mixed.quant != it.quant for it in found):
+            found.append(mixed)
     within = [it for it in found if bits_budget is None or it.sizes.bits <= bits_budget]
     if not within:
         least = min(it.sizes.bits for it in found)
@@ -127,104 +128,35 @@ def _formats(
 
 
 def _candidate(
-    footprint: Footprint, quant: Quant, request: Request, sense: SenseFile | None
+    footprint: Footprint, quant: Quant, request: Request, measured: Measurements | None
 ) -> Candidate:
+    lost = None
     # 16 bits have no method, and lose nothing
-    known = sense is not None and quant.format is not None
-    measured = replace(_usual(sense), format=quant.format) if sense and known else None
-    losses = _losses(measured, footprint, sense)
-    if measured is not None and losses is not None:
-        quant, lost = measured, sum(losses)
-    else:
+    if measured is not None and quant.format is not None:
+        lost = measured.lost(footprint, quant.format)
+        quant = quant if lost is None else measured.form(quant.format)
+    if lost is None:
         bits = 16 if quant.format is None else load_format(quant.format).bits
-        lost = expected_loss(quant, bits, footprint.num_parameters)
-    need = footprint.need(quant, request)
-    return Candidate(footprint, quant, footprint.sizes(quant), need, lost, losses is not None)
-
-
-def _usual(sense: SenseFile) -> Quant:
-    """The settings under which layers were measured."""
-    return Quant(
-        method=sense.header.method,  # type: ignore[arg-type]
-        rotate=sense.header.rotate,
-        group_size=sense.header.group_size,  # type: ignore[arg-type]
-    )
-
-
-def _losses(
-    quant: Quant | None, footprint: Footprint, sense: SenseFile | None
-) -> list[float] | None:
-    """What each layer was measured to lose; None where that is not known of all of them."""
-    if sense is None or quant is None or quant.format is None:
-        return None
-    shared = shared_losses(sense.found)
-    names = [it.layer for it in sense.found if it.format == quant.format]
-    # what overflowed when it was measured has a loss that is no number
-    known = {name: shared.get((name, quant.format), math.nan) for name in names}
-    layers = footprint.sizes(quant).layers
-    return [known[it] for it in layers] if known.keys() == layers.keys() else None
-
-
-def _measured(footprints: Sequence[Footprint], sense: SenseFile) -> Footprint:
-    """The model that was measured; UserError where it is none of these."""
-    layers = {it.layer for it in sense.found}
-    alike = [it for it in footprints if layers == set(it.sizes(Quant(format=None)).layers)]
-    named = [it for it in alike if it.name == sense.header.model]
-    if not alike:
-        raise UserError(
-            f"{sense.path} measures layers of {sense.header.model}, which are not those of "
-            f"{', '.join(it.name for it in footprints)}; run qtune sense on that model to its end"
-        )
-    return (named or alike)[0]
+        expected = expected_loss(quant, bits, footprint.num_parameters)
+        return _in_form(footprint, quant, request, expected, measured=False)
+    return _in_form(footprint, quant, request, lost, measured=True)
 
 
 def _mixed(
-    footprint: Footprint,
+    footprints: Sequence[Footprint],
     request: Request,
     formats: Sequence[FormatName] | None,
     bits_budget: float | None,
-    sense: SenseFile,
+    measured: Measurements,
+) -> Candidate | None:
+    """The measured model with formats chosen layer by layer."""
+    footprint = measured.model_among(footprints)
+    found = measured.mixture(footprint, request, formats, bits_budget)
+    return None if found is None else _in_form(footprint, found[0], request, found[1], True)
+
+
+def _in_form(
+    footprint: Footprint, quant: Quant, request: Request, lost: float, measured: bool
 ) -> Candidate:
-    """The model with formats chosen layer by layer, as many bits as memory and budget allow."""
-    usual = _usual(sense)
-    options = _options(footprint, usual, formats, sense)
-    budget = _budget(footprint, usual, request, bits_budget)
-    chosen = allocate(options, max(budget, _least(options)))
-    quant = _with_formats(usual, chosen.formats, footprint.sizes(usual))
-    found = footprint.sizes(quant)
-    return Candidate(
-        footprint, quant, found, footprint.need(quant, request), chosen.loss, measured=True
-    )
-
-
-def _budget(footprint: Footprint, usual: Quant, request: Request, bits_budget: float | None) -> int:
-    """Bytes for the quantized layers: what memory leaves for them, and what the budget allows."""
-    found = footprint.sizes(usual)
-    left = request.memory_bytes - footprint.need(usual, request).total + found.layer_bytes
-    return left if bits_budget is None else min(left, int(bits_budget * found.layer_weights / 8))
-
-
-def _options(
-    footprint: Footprint, usual: Quant, formats: Sequence[FormatName] | None, sense: SenseFile
-) -> dict[str, list[Option]]:
-    """The measured formats of each layer, with the bytes that they take here."""
-    options: dict[str, list[Option]] = defaultdict(list)
-    for (layer, name), loss in shared_losses(sense.found).items():
-        if formats is None or name in formats:
-            own = footprint.sizes(replace(usual, format=name))  # type: ignore[arg-type]
-            options[layer].append(Option(name, own.layers[layer][1], loss))
-    return options
-
-
-def _least(options: dict[str, list[Option]]) -> int:
-    return sum(min(option.size_bytes for option in choices) for choices in options.values())
-
-
-def _with_formats(usual: Quant, formats: dict[str, str], found: Sizes) -> Quant:
-    """The form whose layers have these formats; that of most weights is the usual one."""
-    weights: Counter[str] = Counter()
-    for layer, name in formats.items():
-        weights[name] += found.layers[layer][0]
-    most = weights.most_common(1)[0][0]
-    others = {layer: name for layer, name in formats.items() if name != most}
-    return replace(usual, format=most, layers=others)  # type: ignore[arg-type]
+    need = footprint.need(quant, request)
+    return Candidate(footprint, quant, footprint.sizes(quant), need, lost, measured)

@@ -17,6 +17,7 @@ from functools import reduce
 from itertools import pairwise
 
 from qtune.errors import UserError
+from qtune.recipe_quant import FormatName
 
 # sums of bytes that the exact way keeps at most: some seconds for hundreds of layers
 MOST_SUMS = 4000
@@ -26,7 +27,7 @@ MOST_SUMS = 4000
 class Option:
     """A format that a layer may have: what the layer takes then, and what the model loses."""
 
-    format: str
+    format: FormatName
     size_bytes: int
     loss: float
 
@@ -35,7 +36,7 @@ class Option:
 class Allocation:
     """A format for every layer, with the bytes and the loss of all of them."""
 
-    formats: dict[str, str]
+    formats: dict[str, FormatName]
     size_bytes: int
     loss: float
     bound: float

@@ -1,8 +1,8 @@
 """The plot of `qtune sense`: what each layer loses, format by format, along the model.
 
 One panel for each kind of layer, all to the same logarithmic scale, so that it is seen at once
-which kind and which end of the model needs more bits. Losses below the noise, or none, lie on the
-lower edge.
+which kind and which end of the model needs more bits. What is drawn is what `qtune plan` goes by.
+A layer that moves nothing lies on the lower edge.
 """
 
 from collections import defaultdict
@@ -26,7 +26,7 @@ def plot(file: SenseFile, path: Path) -> None:
     panels = figure.axes
     for axes, (kind, formats) in zip(panels, kinds.items(), strict=False):
         for name, found in formats.items():
-            losses = [max(LEAST, it.loss_change) for it in found]
+            losses = [max(LEAST, it.divergence) for it in found]
             axes.plot(range(len(losses)), losses, marker=".", lw=1, label=name)
         axes.set_title(kind, fontsize=9)
         axes.set_yscale("log")
@@ -35,7 +35,7 @@ def plot(file: SenseFile, path: Path) -> None:
     for axes in panels[len(kinds) :]:
         axes.set_axis_off()
     figure.supxlabel("block")
-    figure.supylabel("nats a token lost by this layer alone")
+    figure.supylabel("KL in nats a token, by this layer alone")
     figure.savefig(path)
 
 

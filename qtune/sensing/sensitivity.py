@@ -4,20 +4,21 @@ The first line says what was measured: model, text, method. Every other is one l
 and is written as it is found, so an interrupted measurement goes on where it was. `qtune plan`
 reads the file and needs neither the model nor the text.
 
-What a single layer changes is less than what the text's few rows tell apart; what all of them
-change together is not. So the changes of all layers in a format are added up and shared out again
-by what each layer loses of its output (`shared_losses`).
+What layers lose is taken to add up: errors of different layers have little to do with each other,
+and docs/quality.md has how near the sum comes to what a whole model loses.
 """
 
 import json
-import math
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qtune.errors import UserError
+from qtune.recipe_quant import FormatName, GroupSize, MethodName
+
+# raised when other things are measured: figures of one version are no figures of another
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -25,31 +26,16 @@ class Sensitivity:
     """One layer in one format, all others in 16 bits."""
 
     layer: str
-    format: str
+    format: FormatName
     num_weights: int
     size_bytes: int
     """Of codes, scales and zero points."""
     output_error: float
     """tr(E H E^T) / tr(W H W^T): what the layer's output loses, relative, on the text."""
-    loss_change: float
-    """By how much the model's loss changes on the text, in nats a token."""
+    divergence: float
+    """By how far the model's predictions move from the 16-bit ones: KL, in nats a token."""
     standard_error: float
-    """Of the change, over rows of the text."""
-
-
-def shared_losses(found: Sequence[Sensitivity]) -> dict[tuple[str, str], float]:
-    """What each layer (name, format) is taken to lose, in nats a token, from 0 on.
-
-    What makes numbers overflow is left out.
-    """
-    changes: dict[str, float] = defaultdict(float)
-    errors: dict[str, float] = defaultdict(float)
-    finite = [it for it in found if math.isfinite(it.loss_change + it.output_error)]
-    for it in finite:
-        changes[it.format] += it.loss_change
-        errors[it.format] += it.output_error
-    each = {name: max(changes[name], 0.0) / (errors[name] or 1.0) for name in changes}
-    return {(it.layer, it.format): each[it.format] * it.output_error for it in finite}
+    """Of the divergence, over rows of the text."""
 
 
 @dataclass(frozen=True)
@@ -57,16 +43,15 @@ class Header:
     """What was measured; another header is another measurement."""
 
     model: str
-    method: str
+    method: MethodName
     rotate: bool
-    group_size: int | str
-    dtype: str
-    """What the model computed in; 16 bits cannot tell the small changes of a single layer."""
+    group_size: GroupSize
     text: str
     text_sha256: str
     tokens: int
     loss: float = field(compare=False)
     """Of the 16-bit model on the text, in nats a token."""
+    version: int = VERSION
 
 
 @dataclass
@@ -78,7 +63,7 @@ class SenseFile:
     found: list[Sensitivity]
 
     @property
-    def known(self) -> set[tuple[str, str]]:
+    def known(self) -> set[tuple[str, FormatName]]:
         """Layers and formats that are measured."""
         return {(it.layer, it.format) for it in self.found}
 
@@ -115,12 +100,19 @@ def read(path: Path) -> SenseFile:
         raise UserError(f"{path}: no such file; `qtune sense MODEL --out {path}` writes it")
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     try:
-        header = Header(**json.loads(lines[0]))
+        header = _header(dict(json.loads(lines[0])))
         return SenseFile(path, header, list(_sensitivities(lines[1:])))
     except (IndexError, ValueError, TypeError) as error:
         raise UserError(
             f"{path}: not a file of qtune sense ({error}); remove it and measure again"
         ) from error
+
+
+def _header(fields: dict[str, Any]) -> Header:
+    version = fields.get("version", 1)
+    if version != VERSION:
+        raise ValueError(f"version {version}, not {VERSION}")
+    return Header(**fields)
 
 
 def _sensitivities(lines: list[str]) -> Iterator[Sensitivity]:

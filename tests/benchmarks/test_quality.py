@@ -4,8 +4,11 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
 from qtune.comparing.comparison import read
+from qtune.planning.sizes import sizes
+from qtune.recipe import Quant
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 WORDS = "the cat sat on a mat and saw what there was to see of it "
@@ -27,6 +30,7 @@ def test_a_sweep_ends_in_one_table(text, tiny_model, tmp_path, monkeypatch):
     quality = import_module("quality")
     monkeypatch.setattr(quality, "RESULTS", tmp_path / "quality.json")
     monkeypatch.setattr(quality, "PLOT", tmp_path / "quality.png")
+    monkeypatch.setattr(quality, "SENSE_PLOT", tmp_path / "sense.png")
     monkeypatch.setattr(quality, "PAGE", tmp_path / "quality.md")
     (tmp_path / "quality.md").write_text("above\n" + "old\n".join(quality.MARKS) + "\nbelow\n")
     monkeypatch.setattr(quality, "CONTEXT", 64)
@@ -42,9 +46,13 @@ def test_a_sweep_ends_in_one_table(text, tiny_model, tmp_path, monkeypatch):
     arguments(monkeypatch, "quality.py", *given)
     quality.main()
     found = json.loads((tmp_path / "quality.json").read_text())
-    assert [line["name"] for line in found["lines"]] == ["16-bit", "nf4", "int2 g32 gptq"]
+    lines = {line["name"]: line for line in found["lines"]}
+    (mixed,) = lines.keys() - {"16-bit", "nf4", "int2 g32 gptq"}
+    assert mixed.endswith(" mixed gptq+rotate")
+    uniform = sizes(AutoConfig.from_pretrained(tiny_model), Quant(format="int3"))
+    assert uniform.bits - 0.2 < lines[mixed]["bits"] <= uniform.bits
     assert found["measured_on"]["held_out_rows"] == 8
-    assert (tmp_path / "quality.png").stat().st_size > 1000
+    assert all((tmp_path / f"{it}.png").stat().st_size > 1000 for it in ("quality", "sense"))
     text = (tmp_path / "quality.md").read_text()
     assert text.startswith("above\n") and text.endswith("\nbelow\n")
     assert "| nf4 |" in text and "old" not in text

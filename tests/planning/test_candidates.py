@@ -14,7 +14,7 @@ from qtune.sensing.sensitivity import Header, SenseFile, Sensitivity
 
 # the tiny model's head is tied, of which PEFT warns
 pytestmark = pytest.mark.filterwarnings("ignore:.*tie_word_embeddings=True.*:UserWarning")
-HEADER = Header("small", "gptq", True, 64, "float32", "x.txt", "ab12", 2048, 3.25)
+HEADER = Header("small", "gptq", True, 64, "x.txt", "ab12", 2048, 3.25)
 ASKED = Request(memory_bytes=2**40, context=64, serve=True, device=torch.device("cpu"))
 FORMATS = ("int8", "int4", "int3", "int2")
 
@@ -39,7 +39,7 @@ def footprint(name="small", width=64, layers=4):
 def measured(model, formats=FORMATS):
     """Layers that lose the more the later they come, a quarter for each bit more."""
     found = [
-        Sensitivity(layer, name, num, 0, 1e-6 * loss(place, num, name), loss(place, num, name), 0.1)
+        Sensitivity(layer, name, num, 0, 0.01, loss(place, num, name), 0.1)
         for place, (layer, (num, _)) in enumerate(model.sizes(form("int4")).layers.items())
         for name in formats
     ]
@@ -105,7 +105,7 @@ def test_measured_losses_stand_in_for_expected_ones():
     found = {it.name: it for it in candidates([model], ASKED, FORMATS, sense=sense)}
     assert all(it.measured for it in found.values())
     layers = [it for it in sense.found if it.format == "int3"]
-    assert found["int3"].lost == pytest.approx(sum(it.loss_change for it in layers))
+    assert found["int3"].lost == pytest.approx(sum(it.divergence for it in layers))
     # they were measured with one method, which is that of each form
     assert {(it.quant.method, it.quant.rotate) for it in found.values()} == {("gptq", True)}
     # with room for it, all layers get the most bits, and nothing is mixed
@@ -142,7 +142,7 @@ def test_losses_that_are_no_numbers_are_never_taken():
     model = footprint()
     sense = measured(model)
     sense.found = [
-        replace(it, loss_change=float("nan")) if it.format == "int2" else it for it in sense.found
+        replace(it, divergence=float("nan")) if it.format == "int2" else it for it in sense.found
     ]
     mixed = candidates([model], ASKED, FORMATS, 3.4, sense)[0]
     assert "int2" not in {mixed.quant.format, *mixed.quant.layers.values()}

@@ -1,12 +1,11 @@
-import math
 from dataclasses import replace
 
 import pytest
 
 from qtune.errors import UserError
-from qtune.sensing.sensitivity import Header, Sensitivity, read, shared_losses, start
+from qtune.sensing.sensitivity import VERSION, Header, Sensitivity, read, start
 
-HEADER = Header("model", "gptq", True, 64, "float32", "x.txt", "ab12", 2048, 3.25)
+HEADER = Header("model", "gptq", True, 64, "x.txt", "ab12", 2048, 3.25)
 ONE = Sensitivity("a.q_proj", "int4", 4096, 2200, 0.01, 0.002, 0.001)
 
 
@@ -14,7 +13,7 @@ def test_lines_are_there_as_soon_as_they_are_added(tmp_path):
     path = tmp_path / "new" / "sense.jsonl"
     made = start(path, HEADER)
     made.add(ONE)
-    made.add(replace(ONE, format="int3", loss_change=float("nan")))
+    made.add(replace(ONE, format="int3", divergence=float("nan")))
     found = read(path)
     assert found.header == HEADER and found.found[0] == ONE
     assert found.known == {("a.q_proj", "int4"), ("a.q_proj", "int3")}
@@ -38,6 +37,15 @@ def test_another_measurement_is_refused(tmp_path):
         start(path, replace(HEADER, method="nearest"))
 
 
+def test_figures_of_another_version_are_refused(tmp_path):
+    path = tmp_path / "sense.jsonl"
+    start(path, HEADER)
+    # as it was before there were versions
+    path.write_text(path.read_text().replace(f', "version": {VERSION}', ""))
+    with pytest.raises(UserError, match=f"version 1, not {VERSION}.*measure again"):
+        read(path)
+
+
 @pytest.mark.parametrize("text", ["", "x\n", "[1]\n", '{"model": 1}\n'])
 def test_another_file_is_refused(tmp_path, text):
     path = tmp_path / "sense.jsonl"
@@ -46,24 +54,3 @@ def test_another_file_is_refused(tmp_path, text):
         read(path)
     with pytest.raises(UserError, match="no such file; `qtune sense MODEL"):
         read(tmp_path / "none")
-
-
-def measured(layer, name, error, change):
-    return Sensitivity(layer, name, 64, 32, error, change, 0.001)
-
-
-def test_the_change_of_all_layers_is_shared_out_by_their_errors():
-    found = [
-        measured("a", "int4", 0.01, 0.004),
-        measured("b", "int4", 0.03, -0.001),
-        measured("a", "int2", 0.2, 0.1),
-    ]
-    shared = shared_losses(found)
-    assert shared == pytest.approx(
-        {("a", "int4"): 0.00075, ("b", "int4"): 0.00225, ("a", "int2"): 0.1}
-    )
-
-
-def test_noise_makes_no_layer_gain_and_overflow_is_no_choice():
-    found = [measured("a", "int8", 0.001, -0.002), measured("a", "int2", math.nan, math.inf)]
-    assert shared_losses(found) == {("a", "int8"): 0.0}

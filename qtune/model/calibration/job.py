@@ -21,6 +21,7 @@ from qtune.files import write_text
 from qtune.model import start
 from qtune.model.calibration.block import Outcome, calibrate_block, dense_block
 from qtune.model.calibration.dense import Dense, load_dense
+from qtune.model.calibration.enough import shortage
 from qtune.model.calibration.fit import Wanted, fit
 from qtune.model.calibration.kept import Kept
 from qtune.model.calibration.trace import Trace, trace
@@ -35,13 +36,15 @@ from qtune.quant.linear import QuantLinear
 from qtune.recipe import Recipe
 
 FIGURES = "calibration.json"
-# tokens for each weight of the widest row, fewer of which tell little about it
-TOKENS_PER_INPUT = 8
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be quantized with which text; `kept` is the folder of finished blocks."""
+    """What is to be quantized with which text; `kept` is the folder of finished blocks.
+
+    Layers are stored as `config` says where there is one, and else as the recipe does. With
+    `shares` those of one input have the same channel factors, which can then be folded.
+    """
 
     source: Path
     recipe: Recipe
@@ -49,13 +52,15 @@ class Job:
     kept: Path
     device: torch.device
     dtype: torch.dtype
+    config: QtuneConfig | None = None
+    shares: bool = False
 
     def run(self, folder: Path) -> None:
         """Fill `folder` with the quantized model, the adapter's start and the figures."""
         size = sum(path.stat().st_size for path in weight_files(self.source))
         # once in blocks, and once in the folder
         need_space(folder, int(2 * MOST_SHARE * size))
-        config = QtuneConfig.of(self.recipe.quant)
+        config = self.config or QtuneConfig.of(self.recipe.quant)
         dense = self._dense(config)
         self._warn(dense)
         kept = Kept(self.kept / "finished")
@@ -76,20 +81,17 @@ class Job:
 
     def _warn(self, dense: Dense) -> None:
         widest = max(weight.shape[1] for weight in dense.weights.values())
-        needed = TOKENS_PER_INPUT * widest
-        if self.text.num_tokens < needed:
-            say(
-                f"calibration: {self.text.num_tokens} tokens tell little about inputs {widest} "
-                f"wide; {needed} are better: raise quant.calibration.tokens, or name more text, as "
-                "quant.calibration.text: train + FILE"
-            )
+        words = shortage(self.text.num_tokens, widest)
+        if words is not None:
+            say(words)
         if dense.experts:
             say("calibration: weights of experts take the nearest codes, others are calibrated")
 
     def _calibrate(self, dense: Dense, kept: Kept) -> Outcome:
         """Finish all blocks; what is found for layers outside of them comes back."""
         init = self.recipe.lora.init
-        wanted = Wanted(self.recipe.quant, None if init == "zero" else init, self._ranks())
+        begins = None if init == "zero" else init
+        wanted = Wanted(self.recipe.quant, begins, self._ranks(), self.shares)
         found = trace(dense.model, self.text.rows, lambda name: dense_block(dense, name))
         done = kept.num_blocks()
         hidden = kept.hidden(dense.device) if done else found.hidden
