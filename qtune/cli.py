@@ -17,9 +17,12 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from qtune import cli_low_bits
+from qtune import cli_low_bits, cli_serving
 from qtune.errors import UserError
 from qtune.interrupt import Interrupted, at_once
+
+# options with several values; KEY=VALUE behind them is an override all the same
+LISTS = {"allow", "formats", "methods", "inits"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,10 +52,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         chosen.overrides += rest
-    if "allow" in chosen:
-        # of what stands behind --allow, KEY=VALUE is an override
-        chosen.overrides += [text for text in chosen.allow if "=" in text]
-        chosen.allow = [text for text in chosen.allow if "=" not in text]
+    for option in LISTS & vars(chosen).keys() if "overrides" in chosen else ():
+        given = getattr(chosen, option)
+        chosen.overrides += [text for text in given if "=" in text]
+        setattr(chosen, option, [text for text in given if "=" not in text])
     return chosen
 
 
@@ -118,14 +121,16 @@ def _parser() -> argparse.ArgumentParser:
 
     for verb, text in (
         ("eval", "measure a run's base, quantized and tuned model again"),
-        ("merge", "fold a run's adapter into 16-bit weights, measured"),
         ("report", "write a run's report.html again"),
     ):
         _add_run(verbs.add_parser(verb, help=text))
-    export = verbs.add_parser("export", help="write a run's model for other software, measured")
-    _add_run(export)
-    export.add_argument(
-        "--to", nargs="+", metavar="NAME", help="which; default: those of the recipe"
+    serving = cli_serving
+    serving.add_merge(verbs.add_parser("merge", help="fold a run's adapter into 16-bit weights"))
+    serving.add_export(verbs.add_parser("export", help="write a run's model for other software"))
+    serving.add_verify(verbs.add_parser("verify", help="check an export after a copy"))
+    serving.add_push(verbs.add_parser("push", help="upload an export to the Hugging Face hub"))
+    serving.add_serve_check(
+        verbs.add_parser("serve-check", help="play an export's golden prompts against a server")
     )
 
     chat = verbs.add_parser("chat", help="talk to a model or to what a run trained")
@@ -189,6 +194,9 @@ def _run(chosen: argparse.Namespace) -> None:
             from qtune import chat
 
             chat.talk(chosen.model, chosen.kv_bits)
+        case "verify" | "push" | "serve-check":
+            _quiet_libraries()
+            cli_serving.run(chosen)
         case _:
             _run_stage(chosen)
 
@@ -205,9 +213,9 @@ def _run_stage(chosen: argparse.Namespace) -> None:
         case "eval":
             run.evaluate(folder)
         case "merge":
-            run.export(folder, ("bf16",))
+            run.export(folder, ("bf16",), force=chosen.force)
         case "export":
-            run.export(folder, chosen.to or folder.recipe.export)
+            run.export(folder, cli_serving.names(chosen, folder.recipe), force=chosen.force)
         case "report":
             run.report(folder)
 

@@ -2,11 +2,11 @@
 
 import argparse
 from pathlib import Path
+from typing import get_args
 
-from qtune.recipe import Recipe
+from qtune.recipe import InitName, Recipe
 
 VERBS = ("plan", "sense", "compare")
-STARTS = ("zero", "cloq", "loftq", "pissa")
 
 
 def add_plan(plan: argparse.ArgumentParser) -> None:
@@ -38,13 +38,15 @@ def add_sense(sense: argparse.ArgumentParser) -> None:
     sense.add_argument("model", metavar="MODEL", help="hub id, folder or file")
     sense.add_argument("--text", type=Path, required=True, metavar="FILE", help="plain text")
     sense.add_argument(
-        "--formats", nargs="+", default=["int8", "int4", "int3", "int2"], metavar="NAME"
+        "--formats", nargs="+", default=["int8", "int4", "int3", "e8p"], metavar="NAME"
     )
     sense.add_argument(
         "--method", default="gptq+rotate", choices=("nearest", "gptq", "gptq+rotate")
     )
     sense.add_argument("--group-size", type=int, default=64, metavar="N")
-    sense.add_argument("--tokens", type=int, default=2048, metavar="N", help="of the text")
+    sense.add_argument(
+        "--tokens", type=int, default=16384, metavar="N", help="gradients take the first 2048"
+    )
     sense.add_argument("--length", type=int, default=256, metavar="N", help="tokens of a row")
     sense.add_argument("--out", type=Path, metavar="FILE", help="JSON lines; a plot goes beside it")
     sense.add_argument("--revision", help="hub branch, tag or commit")
@@ -61,7 +63,8 @@ def add_compare(compare: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="nearest, gptq, gptq+rotate, awq",
     )
-    compare.add_argument("--inits", nargs="+", default=["zero"], choices=STARTS)
+    starts = ", ".join(get_args(InitName))
+    compare.add_argument("--inits", nargs="+", default=["zero"], metavar="NAME", help=starts)
     compare.add_argument("--out", type=Path, metavar="FOLDER", help="default: beside the run")
 
 

@@ -17,6 +17,7 @@ from transformers import AutoConfig
 
 from qtune.data.feed import Feed
 from qtune.errors import UserError
+from qtune.export import exporter
 from qtune.fitting import Fit, fit, num_shards
 from qtune.machine import available_bytes
 from qtune.memory import Memory
@@ -161,10 +162,23 @@ class _Planner:
         stored = sum(path.stat().st_size for path in self._folder.glob("*.safetensors"))
         # where only the configuration is there, two bytes for each weight
         base = stored or 2 * self._num_parameters()
-        sizes = {"adapter": 0, "bf16": 2 * base}
-        exports = sum(sizes.get(name, frozen) + adapter for name in self._recipe.export)
+        exports = sum(self._export_bytes(name, frozen, base) for name in self._recipe.export)
         kept = state + adapter * (2 if self._recipe.train.keep_best else 1)
-        return (self._recipe.train.keep + 1) * kept + adapter + exports
+        codes = frozen if self._recipe.train.merge_aware else 0
+        exports += adapter * len(self._recipe.export)
+        return (self._recipe.train.keep + 1) * kept + adapter + codes + exports
+
+    def _export_bytes(self, name: str, frozen: int, base: int) -> int:
+        """The most that an export takes beside an adapter while it is written: merges lie there in
+        16 bits, and those in 16 bits twice.
+        """
+        if name in exporter.ADAPTERS:
+            return 0
+        if exporter.form_of(name, self._recipe) == "pair":
+            return frozen
+        return (
+            2 * base if exporter.load_exporter(name).quant(self._recipe) is None else frozen + base
+        )
 
 
 def num_steps(recipe: Recipe, num_rows: int | None) -> int:

@@ -22,7 +22,7 @@ from rich.progress import (
 console = Console(quiet=os.environ.get("RANK", "0") != "0", highlight=False)
 if not console.is_terminal:
     # a log has no width of its own, and the table of a run needs this much
-    console.width = 110
+    console.width = 120
 # seconds between lines where there is no terminal
 LINE_EVERY = 15.0
 

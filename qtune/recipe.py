@@ -12,10 +12,12 @@ from typing import Literal
 
 from qtune.errors import UserError, check_at_least
 from qtune.recipe_data import Data
+from qtune.recipe_evaluate import Evaluate
 from qtune.recipe_export import ExportName, Merge
 from qtune.recipe_quant import Calibration, FormatName, MethodName, Quant
 from qtune.recipe_train import Train
 
+InitName = Literal["zero", "cloq", "loftq", "pissa"]
 AdapterName = Literal["lora", "scales", "lora + scales", "qa-lora"]
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "Evaluate",
     "ExportName",
     "FormatName",
+    "InitName",
     "Log",
     "Lora",
     "Merge",
@@ -47,7 +50,7 @@ class Lora:
     """Dropout on the adapter's input."""
     target_modules: str | tuple[str, ...] = "all-linear"
     """Layers that get an adapter: `all-linear` or the last parts of their names."""
-    init: Literal["zero", "cloq", "loftq", "pissa"] = "zero"
+    init: InitName = "zero"
     """Start: zero (B = 0); cloq, repairs outputs; loftq, weights; pissa, the weights' main part."""
     experts: bool = False
     """Adapters on the experts of a mixture too; such an adapter can only be exported merged."""
@@ -85,28 +88,6 @@ class Scales:
     def __post_init__(self) -> None:
         if self.lr <= 0:
             raise UserError(f"scales.lr ({self.lr}) must be positive")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluate:
-    """What is measured of every model in the table: base, quantized, tuned, merged, exported."""
-
-    loss_rows: int = 100
-    """Held-out rows for loss, perplexity, KL and top-1 agreement."""
-    answer_rows: int = 100
-    """Test rows that are answered and compared for the exact-match score; 0 skips it."""
-    metric: Literal["exact_match", "json_match"] = "exact_match"
-    """How an answer is compared: as text, or as parsed JSON (order and spacing do not count)."""
-    max_new_tokens: int = 128
-    """Longest answer in tokens."""
-    batch_size: int = 64
-    """Answers generated at a time."""
-    kv_bits: Literal[8, 4, 2] | None = None
-    """Also measures the trained model with its keys and values kept in so many bits."""
-
-    def __post_init__(self) -> None:
-        check_at_least(self, "evaluate", 1, "loss_rows", "max_new_tokens")
-        check_at_least(self, "evaluate", 0, "answer_rows")
 
 
 @dataclass(frozen=True, kw_only=True)

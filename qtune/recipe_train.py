@@ -77,6 +77,12 @@ class Train:
     """NEFTune (arXiv 2310.05914): scale of the noise on embeddings; 5 is usual."""
     ema_decay: float | None = None
     """Evaluates and keeps a moving average of the adapter instead of its last state; e.g. 0.99."""
+    merge_aware: bool = False
+    """Trains through the codes that are served: those nearest to the weights with their update."""
+    merge_aware_from: float = 0.3
+    """merge_aware sets in after this share of the steps, which are plain QLoRA; 0: at once."""
+    merge_aware_originals: bool = True
+    """merge_aware rounds from the original weights, a byte each; calibrated bases have no use."""
     recompute: Literal["auto", "none", "cheap", "all"] = "auto"
     """Redone in the backward pass: none, cheap (no matrix product), all; auto: what must be."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
@@ -119,6 +125,7 @@ class Train:
         _at_least(self, 0, "sample_every")
         self._check_steps()
         self._check_watch()
+        self._check_merge_aware()
 
     @property
     def beta(self) -> float:
@@ -144,6 +151,15 @@ class Train:
         for key in ("keep_best", "patience"):
             if getattr(self, key) and not self.eval_every:
                 raise UserError(f"train.{key} needs train.eval_every: it goes by held-out losses")
+
+    def _check_merge_aware(self) -> None:
+        if not 0 <= self.merge_aware_from < 1:
+            raise UserError(f"train.merge_aware_from ({self.merge_aware_from}) must be in [0, 1)")
+        if self.merge_aware and self.parallel == "fsdp":
+            raise UserError(
+                "train.merge_aware makes new codes of whole layers behind each step, which "
+                "train.parallel: fsdp has none of; write train.parallel: ddp"
+            )
 
 
 def _at_least(settings: Train, least: int, *keys: str) -> None:

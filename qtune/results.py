@@ -5,26 +5,28 @@ Everything is compared with the trained model, that is the adapter on the base i
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
-from typing import Any, get_args
+from pathlib import Path
+from typing import Any
 
 from torch import nn
 
+from qtune import merging
 from qtune.bench import Bench, weight_bytes
 from qtune.data.calibration import calibration_text
 from qtune.data.rows import Message
-from qtune.data.sample import Sample
 from qtune.evaluate import compare
-from qtune.evaluate.compare import Kind, Merge, Row, Table
+from qtune.evaluate.compare import Kind, Row, Table
 from qtune.evaluate.exact_match import matches
 from qtune.evaluate.generate import Answers
 from qtune.evaluate.long_context import cache_effect, long_rows
 from qtune.export import exporter, verify
-from qtune.export.folder import manifest, template
+from qtune.export.folder import golden, manifest, template
+from qtune.export.folder.load import NotInstalled
 from qtune.export.folder.trained import Trained
 from qtune.machine import available_bytes
-from qtune.model import scales_file, start
+from qtune.model import codes_file, scales_file, start
 from qtune.model.adapt import load_trained
 from qtune.model.folder import read_json
 from qtune.model.load import load_base
@@ -34,7 +36,6 @@ from qtune.run_folder import RunFolder
 from qtune.setup import Setup, stored_base
 
 NUM_SAMPLES = 8
-ORDER = get_args(Kind)
 # held-out samples whose logits an exact export is compared on
 NUM_CHECKED = 2
 
@@ -49,17 +50,15 @@ class Results:
         self._format = self._recipe.quant.format or "16-bit"
         name = f"adapter on {self._format}"
         self.table = compare.read(self._path) if self._path.exists() else Table(name)
+        data = setup.data
+        self._prompts = golden.prompts(setup.tokenizer, data.test, data.held_out)
         self._trained = self._load_trained()
         size = frozen_bytes(self._trained.base) + _adapter_bytes(run)
         _, self._tuned = self._add(name, "adapter", self._trained.model, keep=True, size_bytes=size)
 
     def measure_bases(self) -> None:
         """Rows of the base, quantized and in 16 bits, and samples of answers before and after."""
-        if self._recipe.quant.format is not None:
-            model = self._trained.model
-            with model.disable_adapter():
-                size = frozen_bytes(self._trained.base)
-                self._add(f"base {self._format}", "quantized", model, size_bytes=size)
+        self._measure_quantized(again=True)
         size = weight_bytes(self._setup.base)
         if not self._fits("base 16-bit", size):
             return
@@ -67,6 +66,16 @@ class Results:
         _, before = self._add("base 16-bit", "base", base, size_bytes=size)
         if before is not None and self._tuned is not None:
             self._run.write("samples.json", self._samples(before, self._tuned))
+
+    def _measure_quantized(self, *, again: bool = False) -> None:
+        """The row of the base without the adapter, which recovery is counted from."""
+        name = f"base {self._format}"
+        if self._recipe.quant.format is None or (self.table.row(name) and not again):
+            return
+        model = self._trained.model
+        with model.disable_adapter():
+            size = frozen_bytes(self._trained.base)
+            self._add(name, "quantized", model, size_bytes=size)
 
     def measure_cache(self) -> None:
         """What keys and values in few bits do to the trained model, where the recipe asks."""
@@ -81,74 +90,90 @@ class Results:
         else:
             say("evaluate.kv_bits: not measured, all held-out samples together are too short")
 
-    def export(self, names: Sequence[str]) -> None:
-        """Write exports and add a row for each, as the library it is for loads it."""
-        for name in names:
-            if name == "bf16":
-                self._merge()
-            else:
-                trained = replace(self._trained, form=exporter.form_of(name, self._recipe))
-                self._export(name, trained, name, f"export {name}")
+    def export(self, names: Sequence[str], *, force: bool = False) -> list[str]:
+        """Write exports and add a row for each, as the library it is for loads it.
 
-    def _merge(self) -> None:
-        """Merge onto each base the recipe allows, measure, and keep the one with the lower loss.
-
-        Where a merged model is too large to be measured, only the last is written: the trained one.
+        Returns why merges were refused that keep too little of the tuning; with `force` none is.
         """
-        bases = self._merge_bases()
-        if not self._fits("export bf16", weight_bytes(self._setup.base)):
+        refused = [self._merge(name, force) for name in names if name in merging.MERGED]
+        for name in names:
+            if name not in merging.MERGED:
+                self._export(name, self._form(name), name, f"export {name}")
+        return [text for text in refused if text]
+
+    def _form(self, name: str) -> Trained:
+        """What an export is made of: 16-bit ones of the merge that was chosen, or the trained."""
+        merge = self.table.merge
+        onto = merge.chosen if merge else merging.bases(self._recipe)[-1]
+        return replace(self._trained, onto=onto, form=exporter.form_of(name, self._recipe))
+
+    def _merge(self, name: str, force: bool) -> str | None:
+        """Merge onto each base the recipe allows, measure, and keep the better; why it is refused.
+
+        Where a merged model is too large to be measured, only the trained one is written.
+        """
+        bases = merging.bases(self._recipe)
+        if not self._fits(f"export {name}", weight_bytes(self._setup.base)):
             bases = bases[-1:]
-        rows = {onto: self._merge_onto(onto) for onto in bases}
-        measured = {onto: row for onto, row in rows.items() if row is not None}
-        best = min(measured, key=lambda onto: measured[onto].loss) if measured else bases[-1]
-        for onto in rows:
-            folder = self._run.exports / f"bf16-{onto}"
-            if onto == best:
-                shutil.rmtree(self._run.exports / "bf16", ignore_errors=True)
-                folder.rename(self._run.exports / "bf16")
+        self._measure_quantized()
+        verdict = merging.judge(
+            {onto: self._merge_onto(name, onto) for onto in bases}, self._recipe.merge.recovery
+        )
+        refused = None if force else verdict.refused
+        self._keep(name, bases, None if refused else verdict.chosen)
+        self.table.merge = verdict.merge
+        self._run.write("merge.json", asdict(verdict) | {"layers": merging.layers(self._trained)})
+        measured = self.table.row(_title(verdict.chosen))
+        if measured and not refused:
+            self._put(replace(measured, name=f"export {name}", kind="export"), measured.name)
+        return refused and f"export {name}: {refused}"
+
+    def _keep(self, name: str, bases: Sequence[Onto], chosen: Onto | None) -> None:
+        """Of the folders that a merge left one by its name, or none."""
+        for onto in bases:
+            folder = self._run.exports / f"{name}-{onto}"
+            if onto == chosen:
+                shutil.rmtree(self._run.exports / name, ignore_errors=True)
+                folder.rename(self._run.exports / name)
             else:
                 shutil.rmtree(folder)
-        losses = ", ".join(f"{row.loss:.4f} onto {onto}" for onto, row in measured.items())
-        self.table.merge = Merge(best, f"held-out loss {losses}" if losses else "not measured")
-        if best in measured:
-            row = replace(measured[best], name="export bf16", kind="export")
-            self._put(row, instead=measured[best].name)
 
-    def _merge_bases(self) -> list[Onto]:
-        """What the recipe lets the adapter be merged onto.
-
-        Without a format both are the same; trained scales are those of codes, and go onto nothing
-        else.
-        """
-        if self._recipe.quant.format is None:
-            return ["original"]
-        if self._recipe.adapter != "lora":
-            return ["dequantized"]
-        wanted = self._recipe.merge.base
-        return ["original", "dequantized"] if wanted == "auto" else [wanted]
-
-    def _merge_onto(self, onto: Onto) -> Row | None:
+    def _merge_onto(self, name: str, onto: Onto) -> Row | None:
         trained = replace(self._trained, onto=onto)
-        return self._export("bf16", trained, f"bf16-{onto}", f"merged onto {onto}", kind="merged")
+        return self._export(name, trained, f"{name}-{onto}", _title(onto), kind="merged")
 
     def _export(
         self, name: str, trained: Trained, folder_name: str, title: str, kind: Kind = "export"
     ) -> Row | None:
-        """Write one export, load it again, check and measure it; None where it is too large."""
+        """Write one export, load it again, check and measure it; None where that is not possible,
+        which is said.
+        """
         folder = exporter.export(name, trained, self._run.exports / folder_name)
-        below = weight_bytes(self._setup.base) if name == "adapter" else 0
+        below = weight_bytes(self._setup.base) if name in exporter.ADAPTERS else 0
         if not self._fits(title, weight_bytes(folder) + below):
             return None
-        model = verify.reload(name, folder, self._setup.base, self._setup.device)
-        exact = read_json(folder / manifest.NAME)["form"] == "pair"
+        try:
+            model = verify.reload(name, folder, self._setup.base, self._setup.device)
+        except NotInstalled as error:
+            say(f"{title}: not measured, {error}")
+            return None
+        exact = read_json(folder / manifest.NAME)["exact"]
         if exact:
             rows = [sample.ids for sample in self._setup.data.held_out[:NUM_CHECKED]]
             verify.check_logits(model, self._trained.model, rows)
-        verify.add_golden(folder, model, prompt_of(self._setup.data.held_out[0]))
+        verify.add_golden(folder, model, self._setup.tokenizer, self._prompts)
         consumer = exporter.load_exporter(name).consumer
         size = weight_bytes(folder)
         row, _ = self._add(title, kind, model, size_bytes=size, consumer=consumer, exact=exact)
+        self._tell(folder, row)
         return row
+
+    def _tell(self, folder: Path, row: Row) -> None:
+        """Write into an export what was measured of it, of the trained model and of the base."""
+        trained, base = self.table.row(self.table.trained), self.table.row("base 16-bit")
+        assert trained is not None
+        before = None if base is None else asdict(base)
+        manifest.add_results(folder, asdict(row), asdict(trained), before)
 
     def _fits(self, title: str, size: int) -> bool:
         """Whether a model of that size can be loaded beside the trained one; it is said if not."""
@@ -161,18 +186,20 @@ class Results:
     def _add(
         self, name: str, kind: Kind, model: nn.Module, **facts: Any
     ) -> tuple[Row, Answers | None]:
-        """Measure a model and put its row into the table."""
+        """Measure a model; its row as it is in the table, and its answers."""
         row, answers = self._bench.measure(name, kind, model, **facts)
-        self._put(row)
-        return row, answers
+        return self._put(row), answers
 
-    def _put(self, row: Row, instead: str | None = None) -> None:
-        """Put a row in the place of the one of its name, or of `instead`; else at the end."""
-        rows = {known.name: known for known in self.table.rows}
-        rows.pop(instead or "", None)
-        rows[row.name] = row
-        self.table.rows = sorted(rows.values(), key=lambda row: ORDER.index(row.kind))
+    def _put(self, row: Row, instead: str | None = None) -> Row:
+        """The row as it is in the table, in the place of the one of its name or of `instead`."""
+        placed = self.table.put(row, instead)
         compare.write(self.table, self._path)
+        suite = self._bench.suite
+        if suite is not None:
+            if instead is not None:
+                suite.rename(instead, row.name)
+            self._run.write("prompts.json", suite.beside(self._run.read("prompts.json")))
+        return placed
 
     def _load_trained(self) -> Trained:
         recipe = self._recipe
@@ -218,14 +245,13 @@ def frozen_bytes(base: nn.Module) -> int:
 
 
 def _adapter_bytes(run: RunFolder) -> int:
-    """Bytes of the files that an adapter is in, beside the base."""
-    scales = run.adapter / scales_file.FILE
-    return weight_bytes(run.adapter) - (scales.stat().st_size if scales.exists() else 0)
+    """Bytes of the files that an adapter is in; trained scales and codes are the base's."""
+    of_base = (run.adapter / name for name in (scales_file.FILE, codes_file.FILE))
+    return weight_bytes(run.adapter) - sum(p.stat().st_size for p in of_base if p.exists())
 
 
-def prompt_of(sample: Sample) -> list[int]:
-    """The tokens before the first that is learned; of plain text, learned throughout, the first."""
-    return list(sample.ids[: sample.supervised.index(True)])
+def _title(onto: Onto) -> str:
+    return f"merged onto {onto}"
 
 
 def asked_for(messages: Sequence[Message]) -> str:

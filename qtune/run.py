@@ -16,13 +16,18 @@ from peft import PeftModel
 
 from qtune import run_folder, show, show_data
 from qtune.environment import environment
+from qtune.errors import UserError
+from qtune.evaluate import suites
 from qtune.export import exporter
 from qtune.machine import Peak, available_bytes, keeping_freed_memory
 from qtune.model.calibrated import keep_beside
+from qtune.model.calibration.enough import shortage
 from qtune.model.forward import check_packing
+from qtune.model.served_codes import take_originals
 from qtune.model.sharded import load_adapted
 from qtune.plan import Plan, make_plan, plan_elsewhere
 from qtune.progress import say
+from qtune.quant.format import format_names
 from qtune.recipe import Recipe
 from qtune.recipe_changes import covers
 from qtune.report import write_report
@@ -43,12 +48,14 @@ def train(recipe: Recipe, *, resume: bool = False, allow: Sequence[str] = ()) ->
     Raises UserError for what the user can mend; before training starts, with nothing written.
     """
     exporter.check(recipe, recipe.export)
+    suites.check(recipe.evaluate)
     changed = run_folder.check(recipe, resume=resume, allow=allow)
     log.check_trackers(recipe)
     objective = load_objective(recipe.train)
     accelerator = parallel.open_accelerator()
     optim.check(recipe.train, accelerator.device)
     setup = open_setup(recipe, accelerator)
+    exporter.check_model(recipe.export, setup.base, setup.tokenizer)
     run = RunFolder(recipe.run, recipe)
     plan = _plan(run, setup, accelerator)
     exporter.check_mixture(recipe, recipe.export, (layer.name for layer in plan.layers))
@@ -60,9 +67,7 @@ def train(recipe: Recipe, *, resume: bool = False, allow: Sequence[str] = ()) ->
         results = Results(run, setup)
         results.measure_bases()
         results.measure_cache()
-        results.export(recipe.export)
-        report(run)
-        show.results(results.table, run)
+        _finish(run, results, results.export(recipe.export))
 
 
 def _fits_whole(plan: Plan, setup: Setup) -> bool:
@@ -149,6 +154,7 @@ def _model(base: Path, setup: Setup, accelerator: Accelerator) -> PeftModel:
     recipe = setup.recipe
     set_seed(recipe.seed)
     model = load_adapted(base, recipe, accelerator)
+    take_originals(model, setup.base)
     check_packing(model)
     parallel.settle(model)
     return model
@@ -161,12 +167,14 @@ def check(recipe: Recipe, memory: str | None = None, num_processes: int = 1) -> 
     and of the model no weights are needed.
     """
     exporter.check(recipe, recipe.export)
+    suites.check(recipe.evaluate)
     log.check_trackers(recipe)
     load_objective(recipe.train)
     accelerator = parallel.open_accelerator()
     if memory is None:
         optim.check(recipe.train, accelerator.device)
     setup = open_setup(recipe, accelerator, weights=memory is None)
+    exporter.check_model(recipe.export, setup.base, setup.tokenizer)
     feed = setup.data.feed
     if memory is None:
         plan = make_plan(recipe, setup.base, feed, setup.device, num_processes)
@@ -175,26 +183,48 @@ def check(recipe: Recipe, memory: str | None = None, num_processes: int = 1) -> 
     exporter.check_mixture(recipe, recipe.export, (layer.name for layer in plan.layers))
     show.plan(plan, setup)
     show_data.data(setup)
+    _warn_of_little_text(plan, setup)
+
+
+def _warn_of_little_text(plan: Plan, setup: Setup) -> None:
+    """Say so where the base is to be calibrated on less text than its layers need."""
+    stored = format_names()
+    widest = max((layer.shape[1] for layer in plan.layers if layer.format in stored), default=0)
+    words = None if setup.text is None else shortage(setup.text.num_tokens, widest)
+    if words is not None:
+        say(words)
 
 
 def evaluate(run: RunFolder) -> None:
     """Measure the run's base, quantized and tuned model again, and write its report."""
     run.check_trained()
+    suites.check(run.recipe.evaluate)
     results = Results(run, open_setup(run.recipe, parallel.open_accelerator()))
     results.measure_bases()
     results.measure_cache()
-    report(run)
-    show.results(results.table, run)
+    _finish(run, results)
 
 
-def export(run: RunFolder, names: Sequence[str]) -> None:
-    """Write and measure exports of the run, and write its report."""
+def export(run: RunFolder, names: Sequence[str], *, force: bool = False) -> None:
+    """Write and measure exports of the run, and write its report.
+
+    Raises UserError for a merge that keeps too little of the tuning, unless `force`.
+    """
     run.check_trained()
     exporter.check(run.recipe, names)
-    results = Results(run, open_setup(run.recipe, parallel.open_accelerator()))
-    results.export(names)
+    suites.check(run.recipe.evaluate)
+    setup = open_setup(run.recipe, parallel.open_accelerator())
+    exporter.check_model(names, setup.base, setup.tokenizer)
+    results = Results(run, setup)
+    _finish(run, results, results.export(names, force=force))
+
+
+def _finish(run: RunFolder, results: Results, refused: Sequence[str] = ()) -> None:
+    """Report and show the results; UserError for what was refused, which is not written."""
     report(run)
     show.results(results.table, run)
+    if refused:
+        raise UserError("\n".join(refused))
 
 
 def report(run: RunFolder) -> None:

@@ -96,7 +96,8 @@ def _check_references(recipe: Recipe, data: Dataset) -> None:
     for row in data.test[: recipe.evaluate.answer_rows]:
         expected = row.messages[-1]["content"]
         if not matches(expected, expected, metric):
+            kind = {"number_match": "number", "contains": "text"}.get(metric, "JSON")
             raise UserError(
-                f"{row.place}: the expected answer is no JSON, which evaluate.metric: {metric} "
-                f"compares; mend the row, or set evaluate.metric: exact_match"
+                f"{row.place}: the expected answer holds no {kind}, which evaluate.metric: "
+                f"{metric} compares; mend the row, or set evaluate.metric: exact_match"
             )

@@ -74,6 +74,8 @@ def objective(settings: Train) -> str:
 def _adapter(recipe: Recipe) -> str:
     """What is trained beside, or in the place of, plain LoRA, and the rank where there is one."""
     rank = f"rank {recipe.lora.rank}"
+    if recipe.train.merge_aware:
+        return f"{rank}, into the codes after {recipe.train.merge_aware_from:.0%} of the steps"
     if recipe.adapter == "lora":
         return rank
     lr = f"scales{' and zero points' if recipe.scales.zeros else ''} at {recipe.scales.lr:g}"

@@ -1,6 +1,7 @@
 """A tiny real model with a tokenizer, and a recipe that trains it in seconds."""
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,8 @@ from qtune.data import demo
 from qtune.recipe import Data, Evaluate, Lora, Recipe, Train
 
 torch.set_num_threads(1)
+# support modules lie beside the tests, and folders of tests are no packages
+sys.path.insert(0, str(Path(__file__).parent))
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

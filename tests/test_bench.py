@@ -8,6 +8,7 @@ from accelerate import Accelerator
 
 from qtune.bench import Bench, weight_bytes
 from qtune.data import encoded
+from qtune.evaluate.generate import Answers
 from qtune.model.load import load_base
 from qtune.setup import open_setup
 
@@ -41,6 +42,37 @@ def test_a_changed_model_is_away_from_the_trained_one(tiny_recipe):
         model.model.layers[0].mlp.down_proj.weight.mul_(30)
     row, _ = bench.measure("changed", "export", model, size_bytes=1)
     assert row.kl > 1e-3 and row.top1 < 1 and row.loss != kept.loss
+
+
+def test_a_row_tells_how_far_it_is_from_the_trained_one(tiny_recipe):
+    bench, model, _ = make_bench(tiny_recipe(evaluate={"metric": "json_fields"}))
+    # as a tuned model answers
+    answers = iter([bench.references, ["{}"] * len(bench.references)])
+    bench._answers = lambda name, model: Answers(list(next(answers)), 5, 1.0)
+    kept, _ = bench.measure("trained", "adapter", model, keep=True, size_bytes=1)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(30)
+    row, _ = bench.measure("changed", "export", model, size_bytes=1)
+    assert (kept.nats, kept.standard_error, kept.p_value) == (None, None, None)
+    assert row.nats == pytest.approx(row.loss - kept.loss) and row.standard_error > 0
+    assert (kept.exact_match, row.exact_match) == (1, 0)
+    # two answers, both worse: one of the two even ways of four
+    assert row.p_value == 0.5
+    assert row.metric == "json_fields" and set(kept.fields.values()) == {1.0}
+    assert set(row.fields.values()) == {0.0} and "amount" in row.fields
+    assert bench.scores == {"trained": [1.0, 1.0], "changed": [0.0, 0.0]}
+
+
+def test_tasks_text_and_prompts_of_the_recipe(tiny_recipe, tmp_path):
+    (tmp_path / "text.txt").write_text("A text to be read.")
+    (tmp_path / "prompts.txt").write_text("How far?\n")
+    evaluate = {"perplexity": tmp_path / "text.txt", "prompts": tmp_path / "prompts.txt"}
+    bench, model, setup = make_bench(tiny_recipe(evaluate=evaluate))
+    row, _ = bench.measure("m", "base", model, size_bytes=1)
+    assert row.text.bytes == 18 and list(bench.suite.answers) == ["m"]
+    without = Bench(setup, suites=False)
+    assert without.suite is None
+    assert without.measure("m", "base", model, size_bytes=1)[0].text is None
 
 
 def test_rows_are_as_many_as_the_recipe_says(tiny_recipe):
@@ -114,3 +146,7 @@ def test_weight_bytes_are_those_of_all_weight_files(tmp_path: Path):
     (tmp_path / "adapter/adapter_model.safetensors").write_bytes(b"123")
     (tmp_path / "tokenizer.json").write_bytes(b"1234567")
     assert weight_bytes(tmp_path) == 8
+    (tmp_path / "model.gguf").write_bytes(b"1234")
+    (tmp_path / "model.onnx").write_bytes(b"12")
+    (tmp_path / "model.onnx.data").write_bytes(b"1")
+    assert weight_bytes(tmp_path) == 15

@@ -123,7 +123,7 @@ def test_missing_recipe(recipe_file, refused):
         ("lora.target_modules=[qkv]", "'qkv' matches no layer; there are: down_proj, gate_proj"),
         ("lora.modules_to_save=[q_proj]", "'q_proj' is quantized"),
         ("data.max_length=16", "tokens, but data.max_length is 16"),
-        ("data.test=rows.jsonl evaluate.metric=json_match evaluate.answer_rows=9", "is no JSON"),
+        ("data.test=rows.jsonl evaluate.metric=json_match evaluate.answer_rows=9", "holds no JSON"),
         ("train.steps=null train.epochs=0.1 train.warmup_steps=3", "train.warmup_steps (3)"),
     ],
 )
@@ -174,7 +174,7 @@ def test_a_model_that_lacks_a_tensor(recipe_file, refused, tiny_model, name):
 
 
 def test_exports_are_asked_before_training(recipe_file, refused):
-    options = ("quant.format=int8", "export=[bitsandbytes]")
+    options = ("quant.format=int8", "export=[bitsandbytes]", "merge.quantized=pair")
     assert "export bitsandbytes: " in refused("train", recipe_file, *options)
 
 
@@ -277,7 +277,7 @@ def test_changed_rows_are_allowed_by_name(trained):
 def test_unknown_export_name(trained, refused):
     assert cli.main(["train", str(trained), "--resume"]) == 0
     message = refused("export", "out", "--to", "gguf9")
-    assert "unknown export 'gguf9'; there are: adapter, bf16, bitsandbytes, qtune" in message
+    assert "unknown export 'gguf9'; there are: adapter, adapter-gguf, bf16" in message
 
 
 def test_a_run_that_never_reached_a_checkpoint_can_be_resumed(recipe_file, monkeypatch):

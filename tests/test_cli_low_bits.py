@@ -63,3 +63,10 @@ def test_compare_refuses_unknown_words(tiny_recipe, tmp_path, capsys):
     assert "unknown format 'nf5'" in capsys.readouterr().err
     assert main(["compare", str(path), "--formats", "nf4", "--methods", "gtpq"]) == 2
     assert "there are nearest" in capsys.readouterr().err
+
+
+def test_overrides_may_stand_behind_a_list(tmp_path, capsys):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("model: m\ndata: {train: d}\ntrain: {steps: 1}\nrun: r\n")
+    assert main(["compare", str(recipe), "--formats", "int4", "lora.rnak=8"]) == 2
+    assert "unknown key 'rnak'" in capsys.readouterr().err

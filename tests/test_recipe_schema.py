@@ -3,13 +3,16 @@
 import dataclasses
 import inspect
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from qtune import recipe as recipe_module
-from qtune.recipe import Data, Lora, Recipe, Train
+from qtune.recipe import Data, ExportName, Lora, Recipe, Train
 from qtune.recipe_schema import Mistake, json_schema, known_keys, validate
+
+*FIRST, LAST = (f"'{name}'" for name in get_args(ExportName))
+EXPORTS = f"{', '.join(FIRST)} or {LAST}"
 
 GOOD: dict[str, Any] = {"model": "m", "data": {"train": "t"}, "train": {"steps": 9}, "run": "r"}
 
@@ -151,7 +154,7 @@ def test_wrong_values_inside_lists_and_mappings() -> None:
         (("lora", "rank_pattern", "q"), "expected a whole number, got the text '8'"),
         (
             ("export", 1),
-            "expected 'adapter', 'bf16', 'bitsandbytes' or 'qtune', got the text 'gguf'",
+            f"expected {EXPORTS}, got the text 'gguf'",
         ),
     ]
 

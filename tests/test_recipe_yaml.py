@@ -3,13 +3,16 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from qtune.errors import UserError
-from qtune.recipe import Data, Lora, Recipe, Train
+from qtune.recipe import Data, ExportName, Lora, Recipe, Train
 from qtune.recipe_yaml import dump, load
 
+*FIRST, LAST = (f"'{name}'" for name in get_args(ExportName))
+EXPORTS = f"{', '.join(FIRST)} or {LAST}"
 GOOD = """\
 model: m
 data:
@@ -128,7 +131,7 @@ train:
 quant: {format: nf5, group_size: 64}
 lora:
 run: 3
-export: [adapter, onnx]
+export: [adapter, tflite]
 """
     assert heads(text, "seed=x", "log.evry=1") == [
         "r.yaml:1:1: missing key 'model'; add `model:` (Base model: hub id, folder, .gguf file, "
@@ -145,7 +148,7 @@ export: [adapter, onnx]
         "r.yaml:11:6: expected a mapping, got nothing (null); give it a value or, for the "
         "default, remove the key",
         "r.yaml:12:6: expected text, got the number 3; put it in quotes",
-        "r.yaml:13:19: expected 'adapter', 'bf16', 'bitsandbytes' or 'qtune', got the text 'onnx'",
+        f"r.yaml:13:19: expected {EXPORTS}, got the text 'tflite'",
         "override 'log.evry=1': unknown key 'evry' in 'log'; did you mean 'every'?",
         "override 'seed=x': expected a whole number, got the text 'x'",
     ]

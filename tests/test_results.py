@@ -5,10 +5,9 @@ import pytest
 from accelerate import Accelerator
 
 from qtune import run, run_folder
-from qtune.data.sample import Sample
 from qtune.evaluate import compare
 from qtune.evaluate.compare import Row, Table
-from qtune.results import NUM_SAMPLES, Results, asked_for, prompt_of
+from qtune.results import NUM_SAMPLES, Results, asked_for
 from qtune.setup import open_setup
 
 
@@ -37,12 +36,6 @@ def test_samples_show_both_answers_to_the_same_request(trained):
         assert sample["reference"] == row.messages[-1]["content"]
         assert sample["before"] != sample["reference"] and sample["correct_before"] is False
         assert isinstance(sample["after"], str)
-
-
-def test_the_prompt_is_what_comes_before_the_first_learned_token():
-    assert prompt_of(Sample("x", [7, 8, 9, 6], [0.0, 0.0, 0.5, 1.0])) == [7, 8]
-    # plain text is learned throughout
-    assert prompt_of(Sample("x", [7, 8, 9], [0.0, 1.0, 1.0])) == [7]
 
 
 def test_what_was_asked_last_is_shown():

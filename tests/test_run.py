@@ -55,7 +55,7 @@ def test_a_run_leaves_what_every_stage_writes(finished):
     assert names == {
         *("recipe.yaml", "plan.json", "environment.json", "metrics.jsonl", "checkpoints"),
         "data.json",
-        *("adapter", "eval.json", "samples.json", "export", "report.html"),
+        *("adapter", "eval.json", "samples.json", "merge.json", "export", "report.html"),
     }
     assert {path.name for path in finished.exports.iterdir()} == set(EVERY_EXPORT)
     hidden = [path for path in finished.path.rglob(".*") if path.name != ".gitattributes"]
@@ -120,7 +120,7 @@ def test_exports_bring_their_tokenizer_and_how_they_answer(finished):
     for name in EVERY_EXPORT:
         folder = finished.exports / name
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        golden = json.loads((folder / "qtune.json").read_text())["golden"]
+        golden = json.loads((folder / "qtune.json").read_text())["golden"][0]
         prompt = tokenizer.decode(golden["prompt_ids"])
         assert prompt.endswith("<|im_start|>assistant\n") and golden["greedy_ids"]
 
@@ -237,5 +237,5 @@ def test_a_mixture_of_experts(tiny_recipe, tiny_model, tmp_path, on_experts):
     assert rows["adapter on nf4"]["loss"] < rows["base nf4"]["loss"]
     # the pair is the trained model, a merge onto its codes is it to bf16 rounding
     assert rows["export qtune"]["kl"] < 1e-3 and rows["export bf16"]["kl"] < 5e-2
-    with pytest.raises(UserError, match="export bitsandbytes: transformers loads no quantized"):
+    with pytest.raises(UserError, match="export bitsandbytes: its layout has no quantized"):
         run.export(folder, ("bitsandbytes",))

@@ -101,7 +101,7 @@ def test_a_configuration_will_do_where_weights_are_not_needed(tiny_recipe, tiny_
 def test_an_expected_answer_must_be_comparable(tiny_recipe, tmp_path):
     test = write(tmp_path / "t.jsonl", ("one", "1"), ("two", "is two"))
     data = {"test": test}
-    with pytest.raises(UserError, match=r"t\.jsonl:2: the expected answer is no JSON"):
+    with pytest.raises(UserError, match=r"t\.jsonl:2: the expected answer holds no JSON"):
         open_setup(tiny_recipe(data=data), Accelerator())
     # rows that nobody answers may hold what they like
     open_setup(tiny_recipe(data=data, evaluate={"answer_rows": 1}), Accelerator())

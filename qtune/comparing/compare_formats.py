@@ -19,7 +19,7 @@ from transformers import AutoConfig
 
 from qtune.bench import Bench, weight_bytes
 from qtune.comparing.comparison import COLUMNS, Comparison, Line, cells, markdown, read, write
-from qtune.comparing.variants import DENSE, InitName, Variant, variants
+from qtune.comparing.variants import DENSE, Variant, variants
 from qtune.data.calibration import Text, calibration_text
 from qtune.errors import UserError
 from qtune.evaluate.paired import difference
@@ -30,7 +30,7 @@ from qtune.model.calibrated import calibrated_folder, is_calibrated
 from qtune.model.load import add_adapter, load_base
 from qtune.planning.sizes import sizes
 from qtune.progress import console, say
-from qtune.recipe import FormatName, Recipe
+from qtune.recipe import FormatName, InitName, Recipe
 from qtune.setup import Setup, open_setup
 from qtune.train.parallel import open_accelerator
 
@@ -108,7 +108,7 @@ class _Comparer:
 
     def _put(self, variant: Variant, settings: str, model: nn.Module, begun: float) -> None:
         quant, dense = variant.recipe.quant, variant.name == DENSE
-        bench = self._bench = self._bench or Bench(self._setup)
+        bench = self._bench = self._bench or Bench(self._setup, suites=False)
         found = sizes(self._config, quant)
         adapter = _adapter_bytes(model)
         row, _ = bench.measure(

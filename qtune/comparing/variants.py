@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Literal, cast, get_args
+from typing import cast, get_args
 
 from qtune.errors import UserError
 from qtune.progress import say
-from qtune.recipe import FormatName, MethodName, Quant, Recipe
+from qtune.recipe import FormatName, InitName, MethodName, Quant, Recipe
 
-InitName = Literal["zero", "cloq", "loftq", "pissa"]
 # the words for methods, of which one also rotates
 ROTATED = "gptq+rotate"
 METHODS = (*get_args(MethodName), ROTATED)
@@ -57,9 +56,12 @@ def variants(
 
     Raises UserError for an unknown word.
     """
-    for word in methods:
-        if word not in METHODS:
-            raise UserError(f"--methods {word}: there are {', '.join(METHODS)}")
+    for option, given, known in (
+        ("--methods", methods, METHODS),
+        ("--inits", inits, get_args(InitName)),
+    ):
+        for word in set(given) - set(known):
+            raise UserError(f"{option} {word}: there are {', '.join(known)}")
     dense = replace(
         recipe.quant, format=None, method="nearest", rotate=False, layers={}, activations=None
     )

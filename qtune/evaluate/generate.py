@@ -7,7 +7,7 @@ penalty that the model recommends for chatting would blur the comparison of two 
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ from qtune.data.chat import end_of_turn, prompt_ids
 from qtune.data.rows import Row
 from qtune.evaluate.mode import measuring
 from qtune.model.forward import inner_model, takes_logits_to_keep
+from qtune.progress import Bar
 from qtune.quant.linear import unpacked
 
 Progress = Callable[[int, int], None]
@@ -72,6 +73,18 @@ def answer(
     return Answers(texts, sum(map(len, answers)), seconds)
 
 
+def moving(bar: Bar) -> Progress:
+    """An `on_progress` that moves a bar on."""
+    done = 0
+
+    def move(now: int, total: int) -> None:
+        nonlocal done
+        bar.advance(now - done)
+        done = now
+
+    return move
+
+
 def stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Sorted ids that end an answer: of generation config, tokenizer and chat template."""
     configured = inner_model(model).generation_config.eos_token_id
@@ -89,21 +102,26 @@ def generate_ids(
     max_new_tokens: int,
     streamer: BaseStreamer | None = None,
     cache: Cache | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """Greedy continuations [S, T + new] int64 of prompts [S, T], where `live` is 0 on padding.
 
     A row that has ended is filled up with token 0 behind its stop token. Keys and values go into
-    `cache`, an empty one, or into an ordinary one.
+    `cache`, an empty one, or into an ordinary one. `settings` of transformers' `generate` may
+    ask for something else than all that.
     """
     generate = cast(Callable[..., Tensor], model.generate)
+    config = _greedy(max_new_tokens, stops)
+    beside = config.update(**(settings or {}))
     with unpacked(model):
         return generate(
             input_ids=prompts,
             attention_mask=live,
-            generation_config=_greedy(max_new_tokens, stops),
+            generation_config=config,
             streamer=streamer,
             past_key_values=cache,
             **_last_logits_only(model, prompts.device),
+            **beside,
         )
 
 

@@ -15,6 +15,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qtune.export.folder import vllm_lora
 from qtune.export.folder.load import load_adapter, load_model
 from qtune.export.folder.trained import Form, Trained
 from qtune.model.merge import NO_START
@@ -27,6 +28,7 @@ class AdapterExporter:
     """Writes adapter_config.json and adapter_model.safetensors."""
 
     consumer = "peft"
+    forms: tuple[Form, ...] = ("merged",)
 
     def check(self, recipe: Recipe, form: Form = "pair") -> list[str]:
         """Nothing: every run has an adapter."""
@@ -45,7 +47,7 @@ class AdapterExporter:
         """Write the adapter."""
         base, revision = base_name(trained), trained.recipe.revision
         write_adapter(trained.model, folder, base, revision, start=trained.start)
-        return {"form": "adapter"}
+        return {"form": "adapter"} | vllm_lora.notes(folder)
 
     def load(self, folder: Path, base_folder: Path, device: torch.device) -> PeftModel:
         """The adapter on the 16-bit base, as PEFT loads it."""

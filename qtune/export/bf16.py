@@ -11,10 +11,15 @@ import torch
 from transformers import PreTrainedModel
 
 from qtune.export.folder.companions import write_config
+from qtune.export.folder.dense import (
+    dense_bytes,
+    dense_config,
+    dense_dtype,
+    dense_tensors,
+    form_of,
+)
 from qtune.export.folder.load import load_model
 from qtune.export.folder.trained import Form, Trained
-from qtune.model.checkpoint import stored_dtype, weight_files
-from qtune.model.merge import merged_tensors, untied
 from qtune.model.shards import write_shards
 from qtune.recipe import Recipe
 
@@ -23,6 +28,7 @@ class Bf16Exporter:
     """Writes merged weights."""
 
     consumer = "transformers"
+    forms: tuple[Form, ...] = ("merged",)
 
     def check(self, recipe: Recipe, form: Form = "pair") -> list[str]:
         """Nothing: every adapter that qtune trains can be merged."""
@@ -33,31 +39,17 @@ class Bf16Exporter:
 
     def size_bytes(self, trained: Trained) -> int:
         """The bytes of the 16-bit weights."""
-        parameters = trained.base.parameters()
-        stored = sum(path.stat().st_size for path in weight_files(trained.base_folder))
-        return max(stored, sum(p.numel() * 2 for p in parameters if p.dtype != torch.uint8))
+        return dense_bytes(trained)
 
     def write(self, trained: Trained, folder: Path) -> dict[str, Any]:
         """Write the merged weights and config.json."""
-        merged = merged_tensors(
-            trained.base_folder,
-            trained.model,
-            trained.onto,
-            start=trained.start,
-            round_to=trained.round_to,
-        )
-        write_shards(merged, folder)
-        write_config(trained.base_folder, folder, self._config(trained))
-        return {"form": "merged", "onto": trained.onto}
+        write_shards(dense_tensors(trained), folder)
+        write_config(trained.base_folder, folder, dense_config(trained, dense_dtype(trained)))
+        return form_of(trained)
 
     def load(self, folder: Path, base_folder: Path, device: torch.device) -> PreTrainedModel:
         """The merged model, as transformers loads it."""
         return load_model(folder, device)
-
-    def _config(self, trained: Trained) -> dict[str, Any]:
-        dtype = trained.round_to or stored_dtype(trained.base_folder)
-        changes: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")}
-        return changes | ({"tie_word_embeddings": False} if untied(trained.model) else {})
 
 
 EXPORTERS = {"bf16": Bf16Exporter()}

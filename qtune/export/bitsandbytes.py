@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from qtune.errors import UserError
 from qtune.export.folder.companions import write_config
-from qtune.export.folder.load import load_model, with_adapter
+from qtune.export.folder.load import NotInstalled, load_model, with_adapter
 from qtune.export.folder.quantized import (
     config_changes,
     dense_linears,
@@ -44,6 +44,7 @@ class BitsandbytesExporter:
     """Writes packed codes, scales and the quantization state of each layer."""
 
     consumer = "bitsandbytes"
+    forms: tuple[Form, ...] = ("pair", "merged")
 
     def check(self, recipe: Recipe, form: Form = "pair") -> list[str]:
         """The library that will load it must be there; a pair needs a base as it knows them."""
@@ -61,7 +62,7 @@ class BitsandbytesExporter:
 
     def write(self, trained: Trained, folder: Path) -> dict[str, Any]:
         """Write the weights, config.json and, in the pair form, the adapter."""
-        write_quantized(trained, folder, layer_tensors, lambda name: MERGED)
+        write_quantized(trained, folder, layer_tensors)
         changes = config_changes(trained) | {"quantization_config": _quant_config(trained)}
         write_config(trained.base_folder, folder, changes)
         return form_of(trained)
@@ -71,7 +72,7 @@ class BitsandbytesExporter:
     ) -> PreTrainedModel | PeftModel:
         """The model on bitsandbytes' layers, with its adapter if there is one."""
         if find_spec("bitsandbytes") is None:
-            raise UserError(MISSING)
+            raise NotInstalled(MISSING)
         base = load_model(folder, device)
         _check_cpu(base, device)
         return with_adapter(base, folder)

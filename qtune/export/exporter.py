@@ -22,9 +22,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qtune.errors import UserError
 from qtune.export.adapter import write_adapter
-from qtune.export.folder import companions, manifest, scales
+from qtune.export.folder import card, companions, manifest, scales
+from qtune.export.folder.space import need_space
 from qtune.export.folder.trained import Form, Trained
-from qtune.model import scales_file
+from qtune.export.gguf_file.check import check_model as check_llamacpp
+from qtune.export.requantized import requantized
+from qtune.model import codes_file, scales_file
 from qtune.recipe import ExportName, Quant, Recipe
 
 __all__ = [
@@ -40,17 +43,25 @@ __all__ = [
 ]
 
 
+# exports that are no model without the base
+ADAPTERS = scales.ADAPTERS
+# exports that hold a mixture of experts
+MIXTURES = ("adapter", "bf16", "fp16", "qtune")
+
+
 class Exporter(Protocol):
     """One export format. `consumer` is the library that loads the folder."""
 
     consumer: str
+    forms: tuple[Form, ...]
+    """What it can be at all; a recipe may leave only one of them."""
 
     def check(self, recipe: Recipe, form: Form = "pair") -> list[str]:
         """Why a run of this recipe cannot be exported so; asked before training. Empty: it can."""
         ...
 
     def quant(self, recipe: Recipe) -> Quant | None:
-        """How merged weights are quantized for it; None: they stay in 16 bits, or are not merged."""
+        """How merged weights are quantized for it; None: they are not."""
         ...
 
     def size_bytes(self, trained: Trained) -> int:
@@ -83,10 +94,23 @@ def load_exporter(name: str) -> Exporter:
 
 def form_of(name: str, recipe: Recipe) -> Form:
     """The form that an export takes; `auto` is the exact pair wherever the recipe allows it."""
-    wanted = recipe.merge.quantized
+    forms, wanted = load_exporter(name).forms, recipe.merge.quantized
+    if len(forms) == 1:
+        return forms[0]
     if wanted != "auto":
         return wanted
-    return "merged" if _problems(name, recipe, "pair") else "pair"
+    # where neither is possible, the pair is what the reasons are about
+    merges = _problems(name, recipe, "pair") and not _problems(name, recipe, "merged")
+    return "merged" if merges else "pair"
+
+
+def exact_names(recipe: Recipe) -> list[str]:
+    """The exports that are the very model that a run of this recipe trains."""
+    return [
+        name
+        for name in exporter_names()
+        if "pair" in load_exporter(name).forms and not _problems(name, recipe, "pair")
+    ]
 
 
 def check(recipe: Recipe, names: Sequence[str]) -> None:
@@ -100,6 +124,16 @@ def check(recipe: Recipe, names: Sequence[str]) -> None:
         raise UserError("\n".join(problems))
 
 
+def check_model(names: Sequence[str], folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UserError for exports that do not know the kind of model, or its tokenizer."""
+    wanted = [name for name in names if "gguf" in name.split("-")]
+    if wanted:
+        try:
+            check_llamacpp(folder, tokenizer)
+        except UserError as error:
+            raise UserError(f"export {wanted[0]}: {error}") from error
+
+
 def check_mixture(recipe: Recipe, names: Sequence[str], layers: Iterable[str]) -> None:
     """Raises UserError for exports that cannot hold a mixture of experts, if the model is one.
 
@@ -107,9 +141,11 @@ def check_mixture(recipe: Recipe, names: Sequence[str], layers: Iterable[str]) -
     """
     if not any(".expert_" in layer for layer in layers):
         return
-    problems = []
-    if "bitsandbytes" in names:
-        problems.append("bitsandbytes: transformers loads no quantized experts with it")
+    problems = [
+        f"{name}: its layout has no quantized experts as qtune has them"
+        for name in names
+        if name not in MIXTURES
+    ]
     if "qtune" in names and form_of("qtune", recipe) == "merged":
         problems.append("qtune: a mixture's experts are exported as a pair; set merge.quantized")
     if "adapter" in names and recipe.lora.experts:
@@ -130,11 +166,16 @@ def export(name: str, trained: Trained, folder: Path) -> Path:
     if problems:
         raise UserError(f"export {name}: {problems[0]}")
     check_mixture(trained.recipe, (name,), dict(trained.base.named_modules()))
-    with _in_place_of(folder, manifest.NAME) as partial:
-        need_space(partial, exporter.size_bytes(trained))
-        form = exporter.write(trained, partial)
+    with (
+        _in_place_of(folder, manifest.NAME) as partial,
+        _as_written(exporter, trained, partial) as made,
+    ):
+        need_space(partial, exporter.size_bytes(made))
+        form = exporter.write(made, partial)
         companions.write(trained.base_folder, trained.tokenizer, partial)
-        manifest.write(partial, trained, {"export": name, "consumer": exporter.consumer} | form)
+        facts = {"export": name, "consumer": exporter.consumer} | form
+        manifest.write(partial, trained, facts, exporter.quant(trained.recipe))
+        card.write(partial)
     return folder
 
 
@@ -148,7 +189,7 @@ def write_run_adapter(
 ) -> None:
     """Write a run's adapter as a PEFT folder for the model named `base`, whole or not at all.
 
-    Trained scales lie beside it in a file of their own.
+    Trained scales and codes lie beside it in files of their own.
 
     `tensors` are the trained parameters by name, where the model holds only a part of each. With
     `tokenizer`, its chat template and the template's hash lie beside them.
@@ -156,18 +197,9 @@ def write_run_adapter(
     with _in_place_of(folder, "adapter_config.json") as partial:
         write_adapter(model, partial, base, revision, tensors)
         scales_file.write(model, partial, tensors)
+        codes_file.write(model, partial)
         if tokenizer is not None:
             manifest.write_template(partial, tokenizer)
-
-
-def need_space(folder: Path, size_bytes: int) -> None:
-    """Raises UserError unless the disk of `folder` has room for `size_bytes`."""
-    missing = size_bytes - shutil.disk_usage(folder).free
-    if missing > 0:
-        raise UserError(
-            f"the disk of {folder.parent} is too small: this export takes {size_bytes:,} bytes and "
-            f"{missing:,} are missing; make room, or export fewer forms"
-        )
 
 
 def _module(name: str) -> str:
@@ -181,6 +213,19 @@ def _problems(name: str, recipe: Recipe, form: Form) -> list[str]:
     exporter = load_exporter(name)
     quantizes = exporter.quant(recipe) is not None
     return exporter.check(recipe, form) + scales.why_not(name, recipe, form, quantizes=quantizes)
+
+
+@contextmanager
+def _as_written(exporter: Exporter, trained: Trained, place: Path) -> Iterator[Trained]:
+    """What the exporter is given: in the merged form the merged weights, where it holds codes
+    these quantized.
+    """
+    quant = exporter.quant(trained.recipe) if trained.form == "merged" else None
+    if quant is None:
+        yield trained
+    else:
+        with requantized(trained, quant, place.parent) as made:
+            yield made
 
 
 @contextmanager

@@ -20,7 +20,6 @@ from qtune.export.folder.quantized import (
 )
 from qtune.export.folder.trained import Form, Trained
 from qtune.model.load import register
-from qtune.model.quant_config import QtuneConfig
 from qtune.quant.linear import QuantLinear
 from qtune.recipe import FormatName, Quant, Recipe
 
@@ -32,11 +31,12 @@ class QtuneExporter:
     """Writes the tensors of each QuantLinear under their own names."""
 
     consumer = "qtune"
+    forms: tuple[Form, ...] = ("pair", "merged")
 
     def check(self, recipe: Recipe, form: Form = "pair") -> list[str]:
-        """A pair needs a quantized base, the merged form a format that needs no calibration."""
-        if form == "merged" and "e8p" in (recipe.quant.format, *recipe.quant.layers.values()):
-            return ["e8p needs calibration, which the merged form has not; export the pair"]
+        """A pair needs a quantized base, and e8p in the merged form a method that can find it."""
+        if form == "merged" and recipe.quant.format == "e8p" and recipe.merge.method != "gptq":
+            return ["e8p needs merge.method: gptq"]
         if form == "merged" or recipe.quant.format is not None:
             return []
         return [
@@ -44,18 +44,23 @@ class QtuneExporter:
         ]
 
     def quant(self, recipe: Recipe) -> Quant:
-        """That of the base; NF4 where it is in 16 bits."""
-        quant = recipe.quant
-        return quant if quant.format else replace(quant, format=DEFAULT_FORMAT)
+        """The recipe's own formats, NF4 where its base is in 16 bits."""
+        quant, method = recipe.quant, recipe.merge.method
+        return replace(
+            quant,
+            format=quant.format or DEFAULT_FORMAT,
+            method=method,
+            rotate=quant.rotate and method == "gptq",
+        )
 
     def size_bytes(self, trained: Trained) -> int:
         """The bytes of codes, scales, what stays in 16 bits and the adapter."""
         return quantized_bytes(trained)
 
     def write(self, trained: Trained, folder: Path) -> dict[str, Any]:
-        """Write the weights, config.json and, in the pair form, the adapter."""
-        quant = _quant_config(trained)
-        write_quantized(trained, folder, _own_tensors, quant.storage)
+        """Write the weights, config.json and the adapter, where there is one."""
+        write_quantized(trained, folder, _own_tensors)
+        quant = trained.base.config.quantization_config
         changes = config_changes(trained) | {"quantization_config": quant.to_dict()}
         write_config(trained.base_folder, folder, changes)
         return form_of(trained)
@@ -71,26 +76,6 @@ class QtuneExporter:
 def _own_tensors(prefix: str, layer: QuantLinear) -> Iterator[tuple[str, Tensor]]:
     for leaf in layer.tensor_names:
         yield prefix + leaf, getattr(layer, leaf).detach().cpu()
-
-
-def _quant_config(trained: Trained) -> QtuneConfig:
-    """The configuration that the base was loaded with, or the recipe's where it is in 16 bits."""
-    loaded = getattr(trained.base.config, "quantization_config", None)
-    if not isinstance(loaded, QtuneConfig):
-        quant = trained.recipe.quant
-        loaded = QtuneConfig(quant.format or DEFAULT_FORMAT, quant.group_size, list(quant.skip))
-    return _for_nearest(loaded) if trained.form == "merged" else loaded
-
-
-def _for_nearest(config: QtuneConfig) -> QtuneConfig:
-    """The same formats without what is of use to calibrated codes only."""
-    calibrated = {"rotate": False, "channels": False}
-    own = {"rotated", "channels"}
-    layers = {
-        name: {key: value for key, value in fields.items() if key not in own}
-        for name, fields in config.layers.items()
-    }
-    return QtuneConfig(**config.to_dict() | calibrated | {"layers": layers})
 
 
 EXPORTERS = {"qtune": QtuneExporter()}

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qtune.errors import UserError
 from qtune.export.exporter import load_exporter
-from qtune.export.folder import manifest
+from qtune.export.folder import golden, manifest
 from qtune.export.folder.companions import write_json
-from qtune.model.folder import read_json
+from qtune.export.folder.golden import Prompt
 
 Model = PreTrainedModel | PeftModel
 # largest change of logits, relative to their spread, that rounding explains (30 layers: 0.04)
@@ -46,10 +46,7 @@ def reload(name: str, folder: Path, base_folder: Path, device: torch.device) -> 
     `base_folder` is the 16-bit model that an adapter goes onto. Raises UserError for a library that
     is missing and for a folder that is no such export.
     """
-    path = folder / manifest.NAME
-    if not path.is_file():
-        raise UserError(f"{folder} is no export of qtune: it has no {manifest.NAME}")
-    written = read_json(path).get("export")
+    written = manifest.read(folder)["export"]
     if written != name:
         raise UserError(f"{folder} is an export of the kind '{written}', not '{name}'")
     return load_exporter(name).load(folder, base_folder, device)
@@ -81,26 +78,59 @@ def check_logits(
     return found
 
 
-@torch.no_grad()
 def add_golden(
-    folder: Path, model: Model, prompt: Sequence[int], *, max_new_tokens: int = 16
+    folder: Path,
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int = 32,
 ) -> None:
-    """Add the reloaded model's greedy answer to `prompt` to qtune.json, for checks elsewhere."""
+    """Put the reloaded model's greedy answers to `prompts` into qtune.json, for checks elsewhere.
+
+    An answer stops at the stop ids that are written there.
+    """
+    written = manifest.read(folder)
+    entries = []
+    for prompt in prompts:
+        answer = _greedy(model, prompt.prompt_ids, written["stop_ids"], max_new_tokens)
+        text = str(tokenizer.decode(answer, skip_special_tokens=True))
+        found = answer_log_probabilities(model, prompt.prompt_ids, answer)
+        entries.append(golden.entry(prompt, answer, text, found))
+    write_json(folder / manifest.NAME, written | {"golden": entries})
+
+
+def answer_log_probabilities(model: Model, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
+    """Log-probabilities [A, V], float32 on the CPU, of each token of an answer to a prompt.
+
+    Each is given the tokens of the answer before it.
+    """
+    logits = _logits(model, [*prompt, *answer[:-1]])
+    return logits[-len(answer) :].log_softmax(-1)
+
+
+@torch.no_grad()
+def _greedy(
+    model: Model, prompt: Sequence[int], stops: list[int], max_new_tokens: int
+) -> list[int]:
+    """The greedy answer, with the stop token that ends it if one does."""
+    # spelt out: `generate` fills gaps with what the model recommends
+    plain = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, temperature=1.0, top_p=1.0,
+        top_k=50, repetition_penalty=1.0, no_repeat_ngram_size=0, use_cache=True,
+        eos_token_id=stops or None, pad_token_id=0,
+    )  # fmt: skip
     with _evaluating(model):
         ids = torch.tensor([list(prompt)], device=model.device)
         generate: Any = model.generate
         whole = generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, use_cache=True,
-            max_new_tokens=max_new_tokens,
-        )  # fmt: skip
-    golden: dict[str, Any] = {
-        "prompt_ids": list(prompt),
-        "greedy_ids": whole[0, len(prompt) :].tolist(),
-    }
-    path = folder / manifest.NAME
-    write_json(path, read_json(path) | {"golden": golden})
+            input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=plain
+        )
+    answer: list[int] = whole[0, len(prompt) :].tolist()
+    return answer
 
 
+@torch.no_grad()
 def _logits(model: Model, row: Sequence[int]) -> Tensor:
     """Logits [T, V] of one row of token ids, float32 on the CPU."""
     with _evaluating(model):

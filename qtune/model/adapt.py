@@ -3,9 +3,11 @@
 All four are a PeftModel, so that training, checkpoints and results know one kind of model. With
 `scales` alone its layers have rank 0: PEFT's wrapper, and nothing of LoRA in it.
 
-When the adapter of a finished run is loaded, trained scales become the base's own, and the update
-of QA-LoRA its zero points: what is measured, merged and exported is an ordinary quantized layer,
-the very one that is served. `disable_adapter` still shows the base as it was.
+With `train.merge_aware` LoRA is trained into the codes (`merge_aware.py`).
+
+When the adapter of a finished run is loaded, trained scales and codes become the base's own, and
+the update of QA-LoRA its zero points: what is measured, merged and exported is an ordinary
+quantized layer, the very one that is served. `disable_adapter` still shows the base as it was.
 """
 
 from collections.abc import Iterator
@@ -16,7 +18,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from qtune.errors import UserError
-from qtune.model import scales_file
+from qtune.model import codes_file, scales_file
 from qtune.model.load import add_adapter
 from qtune.model.lora import QuantLoraLinear
 from qtune.model.qa_lora import check_groups, merged
@@ -33,12 +35,17 @@ def adapt(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
     Raises UserError for settings that match no layer, and for a base on which `recipe.adapter`
     cannot be trained.
     """
-    if recipe.adapter == "lora":
+    if recipe.adapter == "lora" and not recipe.train.merge_aware:
         return add_adapter(model, recipe.lora)
     _check_recipe(recipe)
     layers = _target_layers(model, recipe)
     for name, layer in layers.items():
         _check_layer(name, layer, recipe)
+    if recipe.train.merge_aware:
+        adapted = add_adapter(model, recipe.lora, target_modules=list(layers))
+        for _, wrapper in quant_lora_layers(adapted):
+            wrapper.train_merged(original=knows_originals(recipe))
+        return adapted
     if recipe.adapter == "qa-lora":
         return add_adapter(model, recipe.lora, use_qalora=True, target_modules=list(layers))
     alone = {"r": 0, "rank_pattern": {}, "target_modules": list(layers)}
@@ -51,9 +58,10 @@ def adapt(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
 def load_trained(base: PreTrainedModel, folder: Path) -> PeftModel:
     """The base with the adapter of a run folder on it, ready for evaluation.
 
-    Raises UserError where trained scales do not fit the base.
+    Raises UserError where trained codes or scales do not fit the base.
     """
     model = PeftModel.from_pretrained(base, folder).eval()
+    codes_file.put(model, codes_file.read(folder))
     tuned = scales_file.put(model, scales_file.read(folder))
     if getattr(model.active_peft_config, "use_qalora", False):
         tuned |= _merge_qa_lora(model)
@@ -81,6 +89,11 @@ def with_storages(config: QtuneConfig, layers: dict[str, QuantLinear]) -> QtuneC
             if getattr(layer.storage, field.name) != getattr(usual, field.name)
         }
     return made
+
+
+def knows_originals(recipe: Recipe) -> bool:
+    """Whether a merge-aware run is to know the original weights; see `served_codes`."""
+    return recipe.train.merge_aware_originals and recipe.quant.method == "nearest"
 
 
 def _merge_qa_lora(model: PeftModel) -> dict[str, QuantLinear]:
@@ -125,14 +138,36 @@ def _is_target(name: str, targets: str | list[str]) -> bool:
 
 
 def _check_recipe(recipe: Recipe) -> None:
-    if recipe.lora.dora:
+    if recipe.train.merge_aware:
+        _check_merge_aware(recipe)
+    elif recipe.lora.dora:
         raise UserError(
             f"lora.dora goes by the length of frozen weights, which adapter: {recipe.adapter} "
             "changes; set it to false"
         )
 
 
+def _check_merge_aware(recipe: Recipe) -> None:
+    """Raises UserError for what is no change of weights that codes could take in."""
+    lora, where = recipe.lora, "train.merge_aware puts one plain adapter into the codes"
+    if recipe.quant.format is None:
+        raise UserError(f"{where}, of which there are none; set quant.format")
+    if recipe.adapter != "lora":
+        raise UserError(f"{where}; set adapter: lora and not {recipe.adapter}")
+    for key in ("dora", "dropout", "experts"):
+        if getattr(lora, key):
+            raise UserError(f"{where}, which lora.{key} is not for; leave it out")
+    if lora.init != "zero":
+        raise UserError(
+            f"{where}, where what lora.init: {lora.init} begins with would move codes before "
+            "anything is learned; set it to zero"
+        )
+
+
 def _check_layer(name: str, layer: QuantLinear, recipe: Recipe) -> None:
+    if recipe.train.merge_aware:
+        _check_has_nearest(layer)
+        return
     where = f"adapter: {recipe.adapter}"
     if layer.storage.activations is not None:
         raise UserError(
@@ -146,3 +181,17 @@ def _check_layer(name: str, layer: QuantLinear, recipe: Recipe) -> None:
         )
     if recipe.adapter == "qa-lora":
         check_groups(name, layer)
+
+
+def _check_has_nearest(layer: QuantLinear) -> None:
+    """Raises UserError where a changed weight has no nearest code, or no gradient through it."""
+    if layer.storage.activations is not None:
+        raise UserError(
+            "train.merge_aware: quant.activations: int8 multiplies integers, which passes no "
+            "gradient; leave it out"
+        )
+    if layer.storage.format == "e8p":
+        raise UserError(
+            "train.merge_aware: a code of e8p is of eight weights together, which have no "
+            "boundary each; take quant.format: int2"
+        )

@@ -17,7 +17,7 @@ from qtune.data.calibration import Text
 from qtune.errors import UserError
 from qtune.model.cache import model_folder
 from qtune.model.calibration.job import FIGURES, Job
-from qtune.model.folder import read_json
+from qtune.model.folder import is_quantized
 from qtune.model.prequantized import identity_of
 from qtune.model.start import FILE as START_FILE
 from qtune.recipe import Recipe
@@ -46,7 +46,7 @@ def calibrated_folder(
     the block that it was at. Raises UserError where the folder is quantized already, lacks weights
     or the cache has no room, and for a model without blocks that run one after the other.
     """
-    if "quantization_config" in read_json(folder / "config.json"):
+    if is_quantized(folder):
         raise UserError(
             f"{folder} is quantized already, so there are no weights to find better codes for; "
             "name the 16-bit model, or set quant.method: nearest and lora.init: zero"

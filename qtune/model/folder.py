@@ -108,3 +108,8 @@ def _why_no_weights(path: Path) -> str:
     others = sorted(file.name for file in path.glob("*.safetensors"))
     found = f"; found {', '.join(others[:3])}, which transformers does not load" if others else ""
     return f"{path} holds no weights: neither {_SINGLE} nor {_INDEX}{found}"
+
+
+def is_quantized(folder: Path) -> bool:
+    """Whether the weights of a model folder are codes, so that there are no 16-bit ones."""
+    return "quantization_config" in read_json(folder / "config.json")

@@ -7,7 +7,8 @@ dtype of x instead of casting x to theirs. Everything else (DoRA, dropout in tra
 adapters, a trained bias, autocast, INT8 activations) takes PEFT's path.
 
 Beside LoRA, or in its place where the rank is 0, the scales of the layer below may be trained
-(`scales.py`); an adapter with `use_qalora` is that of `qa_lora.py`.
+(`scales.py`); an adapter with `use_qalora` is that of `qa_lora.py`. With `merge_aware.py` the
+layer multiplies with the codes that its weights and the adapter have together.
 """
 
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear as dense_linear
 
 from qtune.errors import UserError
+from qtune.model.merge_aware import MergedCodes
 from qtune.model.qa_lora import QaLora
 from qtune.model.scales import TrainedScales
 from qtune.quant.linear import QuantLinear
@@ -36,10 +38,12 @@ class QuantLoraLinear(PeftLoraLinear):
     """PEFT's LoRA layer over a QuantLinear, whose scales may be trained too."""
 
     trained_scales: TrainedScales | None
+    merge_aware: MergedCodes | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.register_module("trained_scales", None)
+        self.register_module("merge_aware", None)
         # the layer below while adapters are enabled, and while they are not, where these differ
         self._below: dict[bool, QuantLinear] = {}
 
@@ -80,14 +84,30 @@ class QuantLoraLinear(PeftLoraLinear):
         """Train the scales of the layer below, and its zero points if wanted and there are any."""
         self.trained_scales = TrainedScales(self.quantized, zeros=zeros)
 
+    def train_merged(self, *, original: bool = False) -> None:
+        """Make room for the codes of weights and adapter together; see `renew_codes`."""
+        self.merge_aware = MergedCodes(self.quantized, original=original)
+
+    def renew_codes(self) -> None:
+        """Find the codes for the adapter as it is now, where there is room for them."""
+        if self.merge_aware is not None:
+            self.merge_aware.renew(self.quantized, *self._plain_adapter())
+
+    @property
+    def served(self) -> MergedCodes | None:
+        """The codes that the layer multiplies with in the place of its own and the adapter."""
+        merged = self.merge_aware
+        serves = merged is not None and merged.serves and not self.disable_adapters
+        return merged if serves else None
+
     def settle(self, tuned: QuantLinear) -> None:
-        """Take a layer with other scales as the one below, except while adapters are disabled."""
+        """Take a layer with other codes or scales for the one below while adapters are enabled."""
         self._below = {True: tuned, False: self.quantized}
         self.base_layer = tuned
 
     @property
     def is_settled(self) -> bool:
-        """Whether the layer below has trained scales or zero points."""
+        """Whether the layer below has trained codes, scales or zero points."""
         return bool(self._below)
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -98,6 +118,10 @@ class QuantLoraLinear(PeftLoraLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y [..., O] of x [..., I]."""
+        served = self.served
+        if served is not None:
+            y: Tensor = served(self.quantized, x, *self._plain_adapter())
+            return y
         if self.trained_scales is not None and not self.disable_adapters:
             return self._with_scales(self.trained_scales, x)
         if self._is_qa_lora() and not (args or kwargs or _autocasts(x)):
@@ -109,10 +133,19 @@ class QuantLoraLinear(PeftLoraLinear):
             return super().forward(x, *args, **kwargs)
         return self._fused(x, name)
 
-    def _fused(self, x: Tensor, name: str) -> Tensor:
-        base, scaling = self.quantized, float(self.scaling[name])
+    def _plain_adapter(self) -> tuple[Tensor, Tensor, float]:
+        """A [R, I], B [O, R] and scaling of the only active adapter."""
+        (name,) = self.active_adapters
+        return self._matrices(name)
+
+    def _matrices(self, name: str) -> tuple[Tensor, Tensor, float]:
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         assert isinstance(a, Tensor) and isinstance(b, Tensor)
+        return a, b, float(self.scaling[name])
+
+    def _fused(self, x: Tensor, name: str) -> Tensor:
+        base = self.quantized
+        a, b, scaling = self._matrices(name)
         x, a = base.inner_input(x), base.inner_a(a)
         bias = None if base.bias is None else base.bias.to(x.dtype)
         if base.dense is not None and base.dense.dtype == x.dtype:
@@ -125,14 +158,15 @@ class QuantLoraLinear(PeftLoraLinear):
         y: Tensor = scales(self.quantized, x)
         for name in self.active_adapters:
             if name in self.lora_A:
-                a, b = self.lora_A[name].weight, self.lora_B[name].weight
-                assert isinstance(a, Tensor) and isinstance(b, Tensor)
+                a, b, scaling = self._matrices(name)
                 u = dense_linear(self.lora_dropout[name](x), a.to(x.dtype))
-                y = y + dense_linear(u, b.to(x.dtype)) * float(self.scaling[name])
+                y = y + dense_linear(u, b.to(x.dtype)) * scaling
         return y
 
     def merged_weight(self, adapter_names: list[str] | None = None) -> Tensor:
         """Dequantized weight plus the adapters' updates, float32 [O, I]."""
+        if self.served is not None:
+            return self.served.tuned(self.quantized).dequantize(torch.float32)
         scales, base = self.trained_scales, self.quantized
         weight = (base if scales is None else scales.tuned(base)).dequantize(torch.float32)
         for name in check_adapters_to_merge(self, adapter_names):
@@ -155,8 +189,8 @@ class QuantLoraLinear(PeftLoraLinear):
         names = check_adapters_to_merge(self, adapter_names)
         if not names:
             return
-        if self.trained_scales is not None:
-            raise UserError("trained scales are no part of new codes; use merge_and_unload")
+        if self.trained_scales is not None or self.merge_aware is not None:
+            raise UserError("trained scales or codes are no part of new codes; export the run")
         weight = self._checked_weight(safe_merge, names)
         if not self.merged_adapters:
             base = self.quantized

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from qtune.errors import UserError
 from qtune.model.checkpoint import Names, bare_name, distinct_tensors, stored_names
-from qtune.model.folder import read_json
+from qtune.model.folder import is_quantized
 from qtune.model.lora import QuantLoraLinear
 from qtune.model.merge_experts import fused_matrices, merged_experts
 from qtune.model.start import Start
@@ -44,14 +44,15 @@ def merged_tensors(
     *,
     start: Start = NO_START,
     round_to: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
     allow_unchanged: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
     """Name and merged tensor, on the CPU and in the stored dtype, of all weights of `base_folder`.
 
     What the adapter began with, `start`, is no change of the original weights. Tensors stored in
-    float32 are rounded to `round_to` if given. Raises UserError for an adapter
-    that has no tensor in the folder or cannot be merged and, at the end, where nothing changed
-    unless `allow_unchanged`.
+    float32 are rounded to `round_to` if given, all numbers to `dtype` if given. Raises UserError
+    for an adapter that has no tensor in the folder or cannot be merged and, at the end, where
+    nothing changed unless `allow_unchanged`.
     """
     updates = adapter_updates(model, start if onto == "original" else NO_START)
     dense = quant_layers(model) if onto == "dequantized" else {}
@@ -68,7 +69,7 @@ def merged_tensors(
     in_mixtures = {name for matrix in mixtures for name in matrix.weights}
     _check_known((updates.keys() | dense.keys()) - in_mixtures, known, base_folder)
     left_out = {name for matrix in mixtures for name in matrix.stored}
-    merged = _stream(base_folder, names, updates, dense, round_to, left_out)
+    merged = _stream(base_folder, names, updates, dense, (round_to, dtype), left_out)
     experts = (
         merged_experts(
             base_model(model),
@@ -76,7 +77,7 @@ def merged_tensors(
             matrix,
             updates,
             onto_codes=onto == "dequantized",
-            dtype=round_to,
+            dtype=dtype or round_to,
         )
         for matrix in mixtures
     )
@@ -212,7 +213,7 @@ def _stream(
     names: Names,
     updates: dict[str, Update],
     dense: dict[str, QuantLinear],
-    round_to: torch.dtype | None,
+    rounding: tuple[torch.dtype | None, torch.dtype | None],
     left_out: set[str],
 ) -> Iterator[tuple[str, Tensor, bool]]:
     """Name, tensor, and whether the update changed it."""
@@ -223,13 +224,22 @@ def _stream(
         group = names.group(name)
         base = dense[name].dequantize(torch.float32) if name in dense else tensor
         dtype = dense[name].compute_dtype if tensor.dtype == torch.uint8 else tensor.dtype
-        dtype = round_to if round_to and dtype == torch.float32 else dtype
+        dtype = _rounded(dtype, *rounding)
         if any(other in updates for other in group):
             # tied parameters that go separate ways from here on are all written
             for other in group:
                 yield stored if other == name else other, *_merged(other, base, dtype, updates)
         else:
             yield stored, base.to("cpu", dtype), False
+
+
+def _rounded(
+    stored: torch.dtype, round_to: torch.dtype | None, every: torch.dtype | None
+) -> torch.dtype:
+    """The dtype in which a tensor of that stored dtype is written; integers keep theirs."""
+    if every is not None and stored.is_floating_point:
+        return every
+    return round_to if round_to and stored == torch.float32 else stored
 
 
 def _merged(
@@ -239,11 +249,12 @@ def _merged(
     if name not in updates:
         return before.clone(), False
     with torch.no_grad():
-        after = updates[name](base.float()).to("cpu", dtype)
-    if not torch.isfinite(after).all():
+        summed = updates[name](base.float())
+    if not torch.isfinite(summed).all():
         raise UserError(
             f"{name}: the merged weight is not finite; the adapter is broken, see its loss curve"
         )
+    after = summed.to("cpu", dtype)
     return after, not torch.equal(before, after)
 
 
@@ -277,7 +288,7 @@ def _need_codes(tuned: bool) -> None:
 
 
 def _need_dense(folder: Path) -> None:
-    if "quantization_config" in read_json(folder / "config.json"):
+    if is_quantized(folder):
         raise UserError(
             f"{folder} is quantized already, so there are no original weights to merge onto; "
             "set merge.base: dequantized, or name the 16-bit model"

@@ -25,7 +25,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from qtune.cache import build_once, need_space
 from qtune.model.cache import model_folder
 from qtune.model.checkpoint import weight_files
-from qtune.model.folder import read_json
+from qtune.model.folder import is_quantized, read_json
 from qtune.model.load import check_needs_no_text, load_complete, register
 from qtune.model.quant_config import QtuneConfig
 from qtune.model.quantizer import QtuneQuantizer
@@ -54,7 +54,7 @@ def quantized_folder(
     Computed on `device`. What is not quantized is stored in `dtype`. Raises UserError where the
     folder lacks weights, the method needs text (`calibrated.py`), or the cache has no room.
     """
-    if quant.format is None or "quantization_config" in read_json(folder / "config.json"):
+    if quant.format is None or is_quantized(folder):
         return folder
     check_needs_no_text(quant)
     config = QtuneConfig.of(quant)

@@ -65,6 +65,10 @@ class QtuneConfig(QuantizationConfigMixin):
             layers={name: {"format": found} for name, found in quant.layers.items()},
         )
 
+    def change(self, name: str, **fields: Any) -> None:
+        """Store the layer of that name, or those with it in theirs, otherwise in these fields."""
+        self.layers[name] = {**self._own(name), **fields}
+
     def storage(self, name: str) -> Storage:
         """How the layer of that name is stored; of the entries in `layers` the longest counts."""
         usual = Storage(

@@ -56,16 +56,20 @@ def merge_report(
     """The figures of every quantized layer that the adapter changes; `original` weights must be in
     the folder.
 
-    Of a model with more than `max_weights` such weights, evenly spaced layers are taken.
+    Of a model with more than `max_weights` such weights, evenly spaced layers are taken. Experts,
+    which the folder has in one tensor for all, are left out.
     """
-    layers = quant_layers(model)
-    updates = {name: update for name, update in adapter_updates(model).items() if name in layers}
-    total = sum(layers[name].in_features * layers[name].out_features for name in updates)
-    chosen = sorted(updates)[:: -(-total // max_weights) or 1]
-    names = Names.of(base_model(model))
+    layers, names = quant_layers(model), Names.of(base_model(model))
     places = {
         names.in_model(name): (path, name) for name, path in stored_names(base_folder).items()
     }
+    updates = {
+        name: update
+        for name, update in adapter_updates(model).items()
+        if name in layers and name in places
+    }
+    total = sum(layers[name].in_features * layers[name].out_features for name in updates)
+    chosen = sorted(updates)[:: -(-total // max_weights) or 1]
     found = (
         _survival(name, layers[name], updates[name], stored_tensor(*places[name]))
         for name in chosen

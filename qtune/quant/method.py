@@ -5,9 +5,10 @@ one file in `methods/` whose name is the word used in recipes, and works in weig
 knows no model, so whatever measured the Hessian may come from anywhere.
 """
 
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -27,8 +28,9 @@ class Method(Protocol):
         hessian: Tensor | None,
         settings: Quant,
         note: Note,
+        **given: Tensor,
     ) -> dict[str, Tensor]:
-        """What `layer.load` takes, see `quantize`."""
+        """What `layer.load` takes, see `quantize`; `given` are channel factors, if any."""
         ...
 
 
@@ -43,17 +45,31 @@ def quantize(
     hessian: Tensor | None,
     settings: Quant,
     note: Note = say,
+    channels: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The uint8 tensors, as `layer.load` takes them, of a dense weight [O, I] by the method set.
 
     `hessian`, float32 [I, I], is the mean of x^T x over the layer's plain inputs; `nearest` needs
-    none. What was wrong with it goes to `note`. Raises UserError where it is not finite.
+    none. What was wrong with it goes to `note`. `channels` [I] are factors that `shared_channels`
+    chose. Raises UserError where the Hessian is not finite.
     """
-    return _method(layer, settings)(layer, weight, hessian, settings, note)
-
-
-def _method(layer: QuantLinear, settings: Quant) -> Method:
     # vectors of eight weights share a code, so they are rounded together
     name = "ldlq" if layer.storage.format == "e8p" else settings.method
-    found: Method = import_module(f"qtune.quant.methods.{name}").METHOD
+    method: Method = import_module(f"qtune.quant.methods.{name}").METHOD
+    given = {} if channels is None else {"channels": channels}
+    return method(layer, weight, hessian, settings, note, **given)
+
+
+def shared_channels(
+    layers: Sequence[QuantLinear],
+    weights: Sequence[Tensor],
+    hessian: Tensor,
+    settings: Quant,
+) -> Tensor | None:
+    """Channel factors [I] for all layers of one input, dense weights [O, I]; None: the method, or
+    a layer, has none.
+    """
+    module = import_module(f"qtune.quant.methods.{settings.method}")
+    shared: Any = getattr(module, "SHARED", None)
+    found: Tensor | None = shared and shared(layers, weights, hessian, settings)
     return found

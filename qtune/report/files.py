@@ -7,6 +7,15 @@ from typing import Any
 from qtune.run_folder import RunFolder
 from qtune.train.log import read_metrics
 
+# what rows of earlier releases lack
+NOT_MEASURED: dict[str, Any] = {
+    **dict.fromkeys(
+        ("nats", "standard_error", "recovery", "metric", "interval", "p_value", "text")
+    ),
+    "fields": {},
+    "tasks": [],
+}
+
 
 @dataclass(frozen=True)
 class Files:
@@ -21,8 +30,12 @@ class Files:
     """Lines of metrics.jsonl with a held-out loss."""
     evaluation: dict[str, Any] | None
     samples: list[dict[str, Any]]
+    prompts: list[dict[str, Any]]
+    """Prompts of the recipe's suite with the answers of each model."""
     merge: dict[str, Any] | None
     """Which merge was chosen, and why."""
+    merged_layers: list[dict[str, Any]]
+    """The adapter's change and the error of quantization of each layer, relative to its weights."""
     exports: list[dict[str, Any]]
     """qtune.json of each export, with the name of its folder."""
 
@@ -40,7 +53,10 @@ class Files:
 def read(run: RunFolder) -> Files:
     """Everything there is."""
     metrics = read_metrics(run.path)
-    evaluation = run.read("eval.json")
+    evaluation = _evaluation(run)
+    merge = run.read("merge.json")
+    # the layers alone, or with the choice
+    layers = merge if isinstance(merge, list) else (merge or {}).get("layers", [])
     recipe = run.path / "recipe.yaml"
     return Files(
         recipe=recipe.read_text() if recipe.exists() else None,
@@ -50,9 +66,19 @@ def read(run: RunFolder) -> Files:
         held_out=[line for line in metrics if "held_out_loss" in line],
         evaluation=evaluation,
         samples=run.read("samples.json") or [],
-        merge=run.read("merge.json") or (evaluation or {}).get("merge"),
+        prompts=run.read("prompts.json") or [],
+        merge=merge if isinstance(merge, dict) else (evaluation or {}).get("merge"),
+        merged_layers=layers,
         exports=_exports(run),
     )
+
+
+def _evaluation(run: RunFolder) -> dict[str, Any] | None:
+    """The table, its rows with all that rows have now: earlier releases measured less."""
+    found = run.read("eval.json")
+    if found is None:
+        return None
+    return {**found, "rows": [{**NOT_MEASURED, **row} for row in found["rows"]]}
 
 
 def _exports(run: RunFolder) -> list[dict[str, Any]]:

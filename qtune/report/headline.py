@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from qtune.evaluate.table_print import METRICS
 from qtune.report import numbers
 from qtune.report.files import Files
 
@@ -40,7 +41,8 @@ def _change(files: Files) -> str:
         scores = ARROW.join(
             numbers.score(row["exact_match"], row["answers"]) for row in (base, tuned)
         )
-        return f"exact match {scores} on {tuned['answers']} unseen requests"
+        name = METRICS[tuned["metric"] or "exact_match"]
+        return f"{name} {scores} on {tuned['answers']} unseen requests"
     if files.judged and files.held_out and "held_out_accuracy" in files.held_out[-1]:
         share = numbers.percent(files.held_out[-1]["held_out_accuracy"])
         return f"{share} of held-out rows judged rightly"

@@ -13,11 +13,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from qtune.evaluate.exact_match import wilson_interval
 from qtune.files import write_text
-from qtune.report import headline, numbers, plots
+from qtune.report import evaluation, headline, merge_plot, numbers, plots
 from qtune.report.files import Files, read
 from qtune.report.plots import Series
+from qtune.report.prompts import Asked, beside
 from qtune.report.samples import clipped, laid_out
 from qtune.run_folder import RunFolder
 from qtune.yaml_document import flat
@@ -61,8 +61,15 @@ def render(run: RunFolder) -> str:
         files=files,
         sentence=headline.sentence(files),
         facts=headline.facts(files),
-        rows=_rows(files),
-        tokens=_tokens(files),
+        rows=evaluation.rows(files),
+        tokens=evaluation.tokens(files),
+        score_title=evaluation.score_title(files),
+        suite=evaluation.suite(files),
+        fields=evaluation.field_table(files),
+        quality_charts=evaluation.quality_charts(files, WIDE, NARROW),
+        score_charts=list(evaluation.score_charts(files, SMALL)),
+        merge_charts=list(_merge_charts(files)),
+        prompts=_prompts(files),
         loss_charts=_loss_charts(files),
         window=plots.smoothed([line["loss"] for line in files.training])[1],
         group=plots.binned(_series(files.training, "loss"), plots.LOSS_POINTS)[1],
@@ -77,22 +84,17 @@ def render(run: RunFolder) -> str:
     )
 
 
-def _rows(files: Files) -> list[dict[str, Any]]:
-    """Rows of the evaluation with the 95 % interval of their score."""
-    rows = files.evaluation["rows"] if files.evaluation else []
-    return [
-        row
-        | {"interval": wilson_interval(round(row["exact_match"] * row["answers"]), row["answers"])}
-        if row["answers"]
-        else row
-        for row in rows
-    ]
+def _prompts(files: Files) -> list[Asked]:
+    table = files.evaluation or {"rows": []}
+    return [beside(entry, [row["name"] for row in table["rows"]]) for entry in files.prompts]
 
 
-def _tokens(files: Files) -> list[int]:
-    """Numbers of tokens the rows' losses are over: one where all rows saw the same."""
-    rows = files.evaluation["rows"] if files.evaluation else []
-    return sorted({row["tokens"] for row in rows})
+def _merge_charts(files: Files) -> Iterator[tuple[merge_plot.Kind, Markup]]:
+    """Each kind of layer with the chart of its change and its error."""
+    kinds = merge_plot.kinds(files.merged_layers)
+    limits = merge_plot.limits(kinds)
+    for number, kind in enumerate(kinds):
+        yield kind, merge_plot.merge_chart(f"merge-{number}", SMALL, kind, limits)
 
 
 def _loss_charts(files: Files) -> dict[str, Markup]:

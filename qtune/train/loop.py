@@ -31,6 +31,7 @@ from qtune.recipe import Recipe
 from qtune.train import parallel
 from qtune.train.keeper import Keeper
 from qtune.train.log import MetricsLog
+from qtune.train.merging import Merging
 from qtune.train.objective import Objective
 from qtune.train.optim import make_optimizer
 from qtune.train.schedule import learning_rate
@@ -87,6 +88,7 @@ class _Training:
         folder = job.folder / "checkpoints"
         self._keeper = Keeper(folder, job.model, self._optimizer, job.recipe, accelerator)
         self._keeper.restore(job.start)
+        self._merging = Merging(job.model, self._settings, job.num_steps)
         self._watch = Watch(self._settings, job.start.watch)
         if job.start.step:
             job.feed.restore(job.start.feed)
@@ -110,6 +112,7 @@ class _Training:
                 if now.stopped or _due(self._settings.save_every, now.step, end):
                     self._keeper.save(now)
         self._keeper.put_kept()
+        self._merging.finish()
         return now
 
     def _step(self, now: State, stop: Stop) -> tuple[State, str, list[float]]:
@@ -120,6 +123,7 @@ class _Training:
         self._meter.start()
         with self._meter.waiting():
             samples = self._job.feed.batch(now.step)
+        self._merging.begin(now.step)
         rate = learning_rate(now.step, self._job.num_steps, self._settings)
         means = self._passes.learn(samples, lambda: stop.flags)
         norm = parallel.clip_grad_norm(self._trained, self._settings.max_grad_norm or math.inf)
@@ -185,7 +189,7 @@ class _Training:
 
     def _evaluate(self, step: int) -> bool:
         """Measure the held-out loss; whether patience is at its end."""
-        with self._keeper.measured():
+        with self._keeper.measured(), self._merging.measured():
             means = self._passes.measure(self._job.held_out)
         tokens = sum(sample.num_targets for sample in self._job.held_out)
         figures = {"loss": means.loss, **means.figures, "tokens": tokens}
@@ -198,7 +202,7 @@ class _Training:
     def _sample(self, step: int) -> None:
         """Answer a few test rows and log that."""
         assert self._job.answer is not None
-        with self._keeper.measured():
+        with self._keeper.measured(), self._merging.measured():
             answers = self._job.answer(self._job.model)
         parallel.settle(self._job.model)
         self._log.write_samples(step, answers)

@@ -1,11 +1,12 @@
 import json
-import subprocess
+import multiprocessing
 import sys
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import warm
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 VARIANTS = (
@@ -31,21 +32,27 @@ def steps() -> dict[str, list[tuple[float, float]]]:
     }
 
 
-def test_quick_run_writes_a_case_for_every_variant(tiny_model: Path, tmp_path: Path) -> None:
+def test_quick_run_writes_a_case_for_every_variant(
+    script: ModuleType,
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     out = tmp_path / "results/step.json"
-    command = [sys.executable, FOLDER / "cpu_step.py", "--model", tiny_model, "--quick"]
-    done = subprocess.run(
-        [*command, "--threads", "1", "--out", out], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
+    words = ["cpu_step.py", "--model", str(tiny_model), "--quick", "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", [*words, "--out", str(out)])
+    context = warm.context()
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
+    script.main()
+    printed = capsys.readouterr().out
     report = json.loads(out.read_text("utf-8"))
     assert report["settings"]["batch"] * report["settings"]["length"] == 128
     (case,) = report["cases"]
     assert case["threads"] == case["environment"]["threads"] == 1
     assert tuple(case["variants"]) == VARIANTS
     for name, found in case["variants"].items():
-        assert f"| {name} |" in done.stdout
+        assert f"| {name} |" in printed
         assert len(found["step_s"]) == 2
         assert found["last_loss"] < found["first_loss"]
 

@@ -1,5 +1,4 @@
 import json
-import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -23,23 +22,26 @@ def samples(*lengths: int) -> list[Sample]:
 
 
 def test_quick_run_writes_every_variant(
-    script: ModuleType, tiny_model: Path, tmp_path: Path
+    script: ModuleType,
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out, data = tmp_path / "results/packing.json", tmp_path / "questions.jsonl"
     rows = [{"question": "How many? " * (i % 5 + 1), "answer": f"{i}" * 20} for i in range(40)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = [sys.executable, FOLDER / "packing.py", "--model", tiny_model, "--quick"]
-    command += ["--threads", "1", "--data", data, "--out", out]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
+    words = ["packing.py", "--model", str(tiny_model), "--quick", "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", [*words, "--data", str(data), "--out", str(out)])
+    script.main()
+    printed = capsys.readouterr().out
     report = json.loads(out.read_text("utf-8"))
     assert report["settings"]["data"] == "questions.jsonl"
     assert len(report["tokens_per_step"]) == 2
     (case,) = report["cases"]
     assert list(case["variants"]) == list(script.VARIANTS)
     for name, found in case["variants"].items():
-        assert f"| {name} |" in done.stdout
+        assert f"| {name} |" in printed
         assert found["step_s"]["q1"] <= found["step_s"]["median"] <= found["step_s"]["q3"]
         assert len(found["seconds"]) == 2 and 0 <= found["padding_share"] < 1
 

@@ -1,6 +1,7 @@
 import pytest
 
-from qtune.evaluate.exact_match import matches, score, wilson_interval
+from qtune.evaluate.exact_match import grade, matches, score
+from qtune.evaluate.intervals import wilson_interval
 
 REFERENCE = '{"amount": 12.5, "people": ["Ann", "Bo"], "paid": true, "project": null, "n": 1}'
 
@@ -65,7 +66,7 @@ def test_text_metric_does_not_read_json() -> None:
 
 def test_score() -> None:
     made = score(["a", "b", "c", "d"], ["a", "B", "c", "d"], "exact_match")
-    assert made.correct == [True, False, True, True]
+    assert made.values == [1, 0, 1, 1]
     assert made.value == 0.75
     assert made.interval == wilson_interval(3, 4)
 
@@ -77,17 +78,19 @@ def test_score_needs_answers_and_pairs() -> None:
         score(["a"], ["a", "b"], "exact_match")
 
 
-@pytest.mark.parametrize(("correct", "num"), [(0, 10), (1, 7), (87, 100), (10, 10), (250, 300)])
-def test_interval_ends_are_where_the_score_test_is_at_its_limit(correct: int, num: int) -> None:
-    # the definition: shares p whose own standard error puts the observed share 1.96 errors away
-    share = correct / num
-    low, high = wilson_interval(correct, num)
-    assert 0 <= low <= share + 1e-12 and share - 1e-12 <= high <= 1
-    for p in (low, high):
-        error = (p * (1 - p) / num) ** 0.5
-        assert abs(share - p) == pytest.approx(1.959964 * error, abs=1e-6)
+@pytest.mark.parametrize(
+    ("answer", "right"), [("It is Paris.", 1), ("Paris", 1), ("paris", 0), ("Pari s", 0), ("", 0)]
+)
+def test_contained_text(answer: str, right: float) -> None:
+    assert grade(answer, " Paris\n", "contains") == right
 
 
-def test_interval_of_a_published_example() -> None:
-    # 81 of 263: Newcombe 1998, table I
-    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+def test_nothing_is_contained_in_everything() -> None:
+    assert not matches("anything", " ", "contains")
+
+
+def test_each_metric_is_asked() -> None:
+    assert grade("so 3 + 4 = 7", "#### 7", "number_match") == 1
+    assert grade('{"a": 1, "b": 3}', '{"a": 1, "b": 2}', "json_fields") == 0.5
+    assert not matches('{"a": 1, "b": 3}', '{"a": 1, "b": 2}', "json_fields")
+    assert matches('{"b": 2, "a": 1}', '{"a": 1, "b": 2}', "json_fields")

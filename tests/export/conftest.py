@@ -45,8 +45,9 @@ CPU = torch.device("cpu")
 
 def make_tokenizer() -> PreTrainedTokenizerBase:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
-    backend = Tokenizer(models.BPE(vocab, []))
+    # a merge, for llama.cpp knows no byte-level tokenizer without any
+    vocab = {token: i for i, token in enumerate([*SPECIAL, *alphabet, "th"])}
+    backend = Tokenizer(models.BPE(vocab, [("t", "h")]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(

@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from qtune.data.calibration import Text
 from qtune.errors import UserError
 from qtune.export.exporter import (
     Trained,
@@ -31,8 +32,8 @@ from qtune.recipe import Merge, Quant
 
 CPU = torch.device("cpu")
 COMPANIONS = {
-    "LICENSE", "chat_template.jinja", "generation_config.json", "qtune.json", "tokenizer.json",
-    "tokenizer_config.json",
+    "LICENSE", "README.md", "chat_template.jinja", "generation_config.json", "qtune.json",
+    "tokenizer.json", "tokenizer_config.json",
 }  # fmt: skip
 MODEL = {"config.json", "model.safetensors"}
 PAIR = {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
@@ -89,7 +90,8 @@ def test_consumer_computes_what_was_exported(
 def test_merged_form_is_close_to_the_original_merge(
     name: str, trained: Trained, tmp_path: Path, rows: list[list[int]]
 ) -> None:
-    folder = export(name, replace(trained, form="merged"), tmp_path / name)
+    merged = replace(trained, form="merged", text=lambda: Text(rows, "here"))
+    folder = export(name, merged, tmp_path / name)
     assert not (folder / "adapter").exists()
     model = reload(name, folder, trained.base_folder, CPU)
     found = check_logits(model, expected_model("bf16", trained), rows, max_change=0.5)
@@ -202,7 +204,7 @@ MIXTURE = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.experts.down_p
 @pytest.mark.parametrize(
     ("names", "changes", "message"),
     [
-        (("bitsandbytes",), {}, "export bitsandbytes: transformers loads no quantized experts"),
+        (("bitsandbytes",), {}, "export bitsandbytes: its layout has no quantized experts"),
         (("qtune",), {"merge": {"quantized": "merged"}}, "export qtune: a mixture's experts"),
         (("adapter",), {"lora": {"experts": True}}, "export adapter: PEFT alone has no such"),
     ],

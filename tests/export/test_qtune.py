@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from qtune.data.calibration import Text
 from qtune.export.exporter import Trained, export
 from qtune.export.qtune import QtuneExporter
 from qtune.export.verify import check_logits, reload
@@ -18,7 +19,7 @@ from qtune.model.merge import quant_layers
 from qtune.model.quant_config import QtuneConfig
 from qtune.quant.linear import QuantLinear
 from qtune.quant.storage import Storage
-from qtune.recipe import Lora, Quant
+from qtune.recipe import Lora, Merge, MethodName, Quant
 
 CPU = torch.device("cpu")
 
@@ -84,13 +85,20 @@ def test_float32_base_is_stored_in_16_bits(
     check_logits(reload("qtune", folder, base, CPU), trained.model, rows, max_change=0)
 
 
+def merged(trained: Trained, **merge: Any) -> Trained:
+    recipe = replace(trained.recipe, merge=Merge(**merge))
+    return replace(trained, recipe=recipe, form="merged")
+
+
 def test_merged_form_of_a_run_in_16_bits_is_nf4(
     train: Callable[..., Trained], tmp_path: Path
 ) -> None:
-    trained = replace(train("llama", quant=Quant(format=None)), form="merged")
+    trained = merged(train("llama", quant=Quant(format=None)), method="nearest")
     folder = export("qtune", trained, tmp_path / "out")
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     assert config["format"] == "nf4"
+    said = json.loads((folder / "qtune.json").read_text())
+    assert (said["form"], said["onto"], said["method"]) == ("merged", "original", "nearest")
     model = reload("qtune", folder, trained.base_folder, CPU)
     assert sum(isinstance(layer, QuantLinear) for layer in model.modules()) == 14
 
@@ -102,23 +110,26 @@ def test_pair_without_a_quantized_base_is_refused(train: Callable[..., Trained])
     assert QtuneExporter().check(recipe, "merged") == []
 
 
-def test_merged_form_leaves_out_what_needs_calibration(
-    train: Callable[..., Trained], tmp_path: Path
+@pytest.mark.parametrize(("method", "rotates"), [("nearest", False), ("gptq", True)])
+def test_merged_form_has_the_formats_of_the_base(
+    method: MethodName, rotates: bool, train: Callable[..., Trained], tmp_path: Path
 ) -> None:
-    trained = train("llama")
-    loaded = QtuneConfig(
-        "int4", rotate=True, channels=True, layers={"q_proj": {"format": "nf4", "rotated": True}}
-    )
-    trained.base.config.quantization_config = loaded
-    folder = export("qtune", replace(trained, form="merged"), tmp_path / "out")
+    quant = Quant(format="int4", method="gptq", rotate=True, layers={"q_proj": "nf4"})
+    trained = replace(train("llama"), text=lambda: Text([list(range(3, 67))] * 4, "made up"))
+    trained = replace(trained, recipe=replace(trained.recipe, quant=quant))
+    folder = export("qtune", merged(trained, method=method), tmp_path / "out")
     model = reload("qtune", folder, trained.base_folder, CPU)
     attention = model.get_submodule("model.layers.0.self_attn")
     stored = {name: attention.get_submodule(name).storage for name in ("q_proj", "k_proj")}
-    assert stored == {"q_proj": Storage("nf4"), "k_proj": Storage("int4")}
+    assert stored == {
+        "q_proj": Storage("nf4", rotated=rotates),
+        "k_proj": Storage("int4", rotated=rotates),
+    }
 
 
-def test_merged_form_of_e8p_is_refused(train: Callable[..., Trained]) -> None:
-    quant = Quant(format="e8p", method="gptq")
-    (problem,) = QtuneExporter().check(replace(train().recipe, quant=quant), "merged")
-    assert "export the pair" in problem
-    assert QtuneExporter().check(replace(train().recipe, quant=quant)) == []
+def test_merged_form_of_e8p_needs_the_method_that_finds_it(train: Callable[..., Trained]) -> None:
+    recipe = replace(train().recipe, quant=Quant(format="e8p", method="gptq"))
+    nearest = replace(recipe, merge=Merge(method="nearest"))
+    assert QtuneExporter().check(recipe, "merged") == QtuneExporter().check(nearest) == []
+    assert QtuneExporter().check(nearest, "merged") == ["e8p needs merge.method: gptq"]
+    assert QtuneExporter().quant(recipe).format == "e8p"

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qtune.errors import UserError
 from qtune.export.exporter import Trained, export
+from qtune.export.folder import golden
 from qtune.export.verify import add_golden, check_logits, reload
 
 CPU = torch.device("cpu")
@@ -81,11 +82,36 @@ def test_golden_answer_is_the_greedy_one(train: Callable[..., Trained], tmp_path
     trained = train()
     folder = export("bf16", trained, tmp_path / "bf16")
     model = reload("bf16", folder, trained.base_folder, CPU)
-    add_golden(folder, model, [5, 6, 7], max_new_tokens=3)
-    ids = [5, 6, 7]
-    for _ in range(3):
-        with torch.no_grad():
-            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-    golden = json.loads((folder / "qtune.json").read_text())["golden"]
-    assert golden["prompt_ids"] == [5, 6, 7]
-    assert golden["greedy_ids"] == ids[3 : 3 + len(golden["greedy_ids"])]
+    # what a model recommends must not reach the golden answers
+    model.generation_config.update(do_sample=True, repetition_penalty=5.0, temperature=0.1)
+    prompts = [golden.of_ids(trained.tokenizer, ids) for ids in ([5, 6, 7], [9, 8])]
+    add_golden(folder, model, trained.tokenizer, prompts, max_new_tokens=3)
+    written = json.loads((folder / "qtune.json").read_text())
+    assert [entry["prompt_ids"] for entry in written["golden"]] == [[5, 6, 7], [9, 8]]
+    for entry in written["golden"]:
+        ids, rows = list(entry["prompt_ids"]), []
+        while len(rows) < 3 and not (rows and ids[-1] in written["stop_ids"]):
+            with torch.no_grad():
+                rows.append(model(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1))
+            ids.append(int(rows[-1].argmax()))
+        made = ids[len(entry["prompt_ids"]) :]
+        assert entry["greedy_ids"] == made
+        expected = [float(row[token]) for row, token in zip(rows, made, strict=True)]
+        assert entry["greedy_logprobs"] == pytest.approx(expected, abs=0.03)
+        assert entry["greedy_text"] == trained.tokenizer.decode(made, skip_special_tokens=True)
+
+
+def test_golden_answer_ends_with_a_stop_token(
+    train: Callable[..., Trained], tmp_path: Path
+) -> None:
+    trained = train()
+    folder = export("bf16", trained, tmp_path / "bf16")
+    model = reload("bf16", folder, trained.base_folder, CPU)
+    prompts = [golden.of_ids(trained.tokenizer, [5, 6, 7])]
+    add_golden(folder, model, trained.tokenizer, prompts, max_new_tokens=4)
+    written = json.loads((folder / "qtune.json").read_text())
+    made = written["golden"][0]["greedy_ids"]
+    (folder / "qtune.json").write_text(json.dumps(written | {"stop_ids": [made[1]]}))
+    add_golden(folder, model, trained.tokenizer, prompts, max_new_tokens=4)
+    again = json.loads((folder / "qtune.json").read_text())["golden"][0]
+    assert again["greedy_ids"] == made[: made.index(made[1]) + 1]

@@ -2,16 +2,20 @@
 
 A kernel is compiled or interpreted according to TRITON_INTERPRET at the moment it is defined, so
 it is set here, before the modules with kernels are imported (nothing but CUDA tensors and these
-tests imports them). Tests of compiled code start processes of their own without it
-(machine_code.py).
+tests imports them). Tests of compiled code share processes without it (machine_code.py).
 """
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from machine_code import Compiler
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -34,3 +38,13 @@ def device() -> torch.device:
 
     correct_interpreter()
     return torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def compiler(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Compiler]":
+    """What compiles kernels for GPUs, in processes that all tests share."""
+    from machine_code import Compiler
+
+    made = Compiler(tmp_path_factory.mktemp("triton"))
+    yield made
+    made.close()

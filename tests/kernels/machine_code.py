@@ -1,20 +1,22 @@
 """Compiles kernels for a GPU that is not there and counts what the assembler made of them.
 
-Run as a program, without TRITON_INTERPRET: reads requests as JSON on standard input, one list of
-`Request` fields each, and prints one `MachineCode` each as JSON. The tools are those in Triton's
-wheel.
+That is done in processes without TRITON_INTERPRET, which are kept, since importing Triton takes as
+long as compiling a kernel. The tools are those in Triton's wheel.
 """
 
-import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+Name = TypeVar("Name")
 
 OPCODE = re.compile(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)")
 LABEL = re.compile(r"(\.L_x_\d+):")
@@ -45,20 +47,28 @@ class MachineCode:
     opcodes: dict[str, int]
     loop_opcodes: dict[str, int]
 
+    @property
+    def spills(self) -> bool:
+        """Whether registers did not suffice, so that memory of a thread is used."""
+        return bool(self.stack_bytes or self.local_bytes or {"LDL", "STL"} & set(self.opcodes))
 
-def compile_all(requests: list[Request], cache: Path) -> list[MachineCode]:
-    """The machine code of each request, compiled in one process of its own."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, __file__],
-        input=json.dumps([asdict(request) for request in requests]),
-        env=environment | {"TRITON_CACHE_DIR": str(cache)},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode != 0:
-        raise RuntimeError(done.stderr)
-    return [MachineCode(**fields) for fields in json.loads(done.stdout)]
+
+class Compiler:
+    """Processes that compile kernels, one for each processor."""
+
+    def __init__(self, cache: Path) -> None:
+        # imports count more than the second processor where there are many
+        self._pool = ProcessPoolExecutor(
+            min(4, os.cpu_count() or 1), get_context("spawn"), _prepare, (str(cache),)
+        )
+
+    def __call__(self, requests: Mapping[Name, Request]) -> dict[Name, MachineCode]:
+        """The machine code of each request by its name; raises what its compilation raises."""
+        return dict(zip(requests, self._pool.map(_machine_code, requests.values()), strict=True))
+
+    def close(self) -> None:
+        """End the processes."""
+        self._pool.shutdown()
 
 
 def longest_loop(lines: list[str]) -> list[str]:
@@ -77,6 +87,16 @@ def longest_loop(lines: list[str]) -> list[str]:
 def count_opcodes(lines: list[str]) -> dict[str, int]:
     """How often each opcode occurs, without its modifiers."""
     return dict(Counter(match[1] for line in lines if (match := OPCODE.match(line))))
+
+
+def _prepare(cache: str) -> None:
+    """What a process does before it imports Triton."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ["TRITON_CACHE_DIR"] = cache
+
+
+def _machine_code(request: Request) -> MachineCode:
+    return _read(*_compile(request))
 
 
 def _compile(request: Request) -> tuple[bytes, int]:
@@ -128,9 +148,3 @@ def _read(cubin: bytes, shared: int) -> MachineCode:
 
 def _output(*command: Path | str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[2] / "kernels"))
-    requests = [Request(**fields) for fields in json.load(sys.stdin)]
-    print(json.dumps([asdict(_read(*_compile(request))) for request in requests]))

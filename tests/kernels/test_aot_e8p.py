@@ -1,7 +1,7 @@
 """The decoder of E8P compiled for sm_80 and sm_90: no spills, few instructions, wide stores."""
 
 import pytest
-from machine_code import MachineCode, Request, compile_all
+from machine_code import Compiler, MachineCode, Request
 
 from qtune_kernels.e8p_triton import WORDS
 
@@ -17,16 +17,13 @@ def request(arch: int) -> Request:
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[int, MachineCode]:
-    codes = compile_all([request(80), request(90)], tmp_path_factory.mktemp("triton"))
-    return dict(zip((80, 90), codes, strict=True))
+def compiled(compiler: Compiler) -> dict[int, MachineCode]:
+    return compiler({arch: request(arch) for arch in (80, 90)})
 
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_registers_are_not_spilled(arch: int, compiled: dict[int, MachineCode]) -> None:
-    code = compiled[arch]
-    assert (code.stack_bytes, code.local_bytes) == (0, 0)
-    assert not {"LDL", "STL"} & set(code.opcodes)
+    assert not compiled[arch].spills
 
 
 @pytest.mark.parametrize("arch", [80, 90])

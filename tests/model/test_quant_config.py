@@ -61,6 +61,14 @@ def test_config_json_says_it_all(tmp_path: Path) -> None:
     assert again.to_dict() == config.to_dict() == json.loads(json.dumps(stored))
 
 
+def test_a_changed_layer_keeps_what_it_had_of_its_own() -> None:
+    config = QtuneConfig("int4", channels=True, layers={"o_proj": {"format": "nf4"}})
+    config.change("layers.0.o_proj", channels=False)
+    assert config.storage("layers.0.o_proj") == Storage("nf4", channels=False)
+    assert config.storage("layers.1.o_proj") == Storage("nf4", channels=True)
+    assert config.layers["o_proj"] == {"format": "nf4"}
+
+
 def test_folders_of_before_still_load() -> None:
     config = QtuneConfig(quant_method="qtune", format="int8", group_size=32, skip=["lm_head"])
     assert config.storage("a") == Storage("int8", 32)

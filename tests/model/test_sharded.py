@@ -1,13 +1,12 @@
 """What two processes load in slices is, put together, what one process loads whole."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from accelerate import Accelerator
 from transformers import AutoConfig, AutoModelForCausalLM
+from warm import run_ranks
 
 from qtune.data.calibration import Text
 from qtune.model import start
@@ -101,12 +100,9 @@ def loaded(models, tmp_path_factory):
     cases = [(str(models[kind]), quant, lora) for quant, lora, kind in CASES.values()]
     (folder / "cases.json").write_text(json.dumps(cases))
     (folder / "ranks.py").write_text(RANKS)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [sys.executable, *launch, str(folder / "ranks.py"), str(folder)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QTUNE_CACHE", str(folder / "cache"))
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+        run_ranks(folder / "ranks.py", folder)
     return folder
 
 

@@ -7,7 +7,7 @@ import torch
 from quant_layers import empty, hessian_of, output_error, weight_of
 
 from qtune.quant.format import format_names
-from qtune.quant.method import method_names, quantize
+from qtune.quant.method import method_names, quantize, shared_channels
 from qtune.recipe_quant import MethodName, Quant
 
 # rounds vectors of weights, see test_ldlq.py
@@ -33,6 +33,16 @@ def test_layer_takes_what_is_found(name: MethodName, fmt: str) -> None:
     layer.load(tensors)
     limit = 0.3 if layer.format.bits == 2 else 0.06
     assert output_error(layer, weight, hessian) < limit
+
+
+def test_only_awq_has_factors_to_share() -> None:
+    weight, hessian = weight_of(), hessian_of()
+    layers = [empty(weight, channels=True), empty(weight, channels=True)]
+    found = shared_channels(layers, [weight, weight], hessian, Quant(method="awq"))
+    assert found is not None and found.shape == (128,)
+    tensors = quantize(layers[0], weight, hessian, Quant(method="awq"), pytest.fail, found)
+    assert torch.equal(tensors["channels"], found.half().view(torch.uint8))
+    assert shared_channels(layers, [weight, weight], hessian, Quant(method="gptq")) is None
 
 
 def test_notes_go_to_whoever_asked() -> None:

@@ -7,6 +7,7 @@ import random
 import pytest
 
 from qtune import run_folder
+from qtune.evaluate.intervals import wilson_interval
 from qtune.recipe import Data, Evaluate, Quant, Recipe, Train
 from qtune.report import write_report
 
@@ -55,36 +56,125 @@ SAMPLES = [
 ]
 
 
-def evaluation_row(name, kind, loss, exact_match, size_bytes, **more):
-    row = {"name": name, "kind": kind, "loss": loss, "perplexity": math.exp(loss), "tokens": 2893}
-    row |= {"kl": None, "top1": None, "exact_match": exact_match, "answers": 100}
-    return (
-        row
-        | {"size_bytes": size_bytes, "tokens_per_s": 61.3, "consumer": None, "exact": None}
-        | more
-    )
+TRAINED_LOSS, BASE_LOSS = 0.0583, 2.7458
+TASKS = {"gsm8k": ("exact_match (strict-match)", 250), "hellaswag": ("acc_norm", 400)}
+
+
+def task_scores(shares, p_values):
+    scores = zip(TASKS.items(), shares, p_values, strict=True)
+    return [
+        {
+            "task": task,
+            "metric": metric,
+            "value": share,
+            "standard_error": math.sqrt(share * (1 - share) / (num - 1)),
+            "interval": list(wilson_interval(round(share * num), num)),
+            "num": num,
+            "p_value": p_value,
+        }
+        for (task, (metric, num)), share, p_value in scores
+    ]
+
+
+def evaluation_row(name, kind, loss, exact_match, size_bytes, shares=(0.31, 0.44), **more):
+    trained = name == "adapter on nf4"
+    answered = exact_match is not None
+    return {
+        "name": name,
+        "kind": kind,
+        "loss": loss,
+        "perplexity": math.exp(loss),
+        "tokens": 2893,
+        "kl": None,
+        "top1": None,
+        "nats": None if trained else loss - TRAINED_LOSS,
+        "standard_error": None if trained else 0.0004 + abs(loss - TRAINED_LOSS) / 20,
+        "recovery": 1 - (loss - TRAINED_LOSS) / (BASE_LOSS - TRAINED_LOSS),
+        "exact_match": exact_match,
+        "metric": "json_match" if answered else None,
+        "interval": list(wilson_interval(round(100 * exact_match), 100)) if answered else None,
+        "p_value": None if trained or not answered else 0.0312 if exact_match else 1e-9,
+        "fields": {"date": 0.97, "amount": 1.0, "category": 0.95}
+        if answered and exact_match
+        else {},
+        "answers": 100 if answered else 0,
+        "tasks": task_scores(shares, (None, None) if trained else (0.41, 0.003)),
+        "text": {
+            "file": "wiki.txt",
+            "nats": 7200.0 + 40 * loss,
+            "tokens": 2400,
+            "words": 1980,
+            "bytes": 10_000,
+            "context": 1024,
+            "stride": 512,
+        },
+        "size_bytes": size_bytes,
+        "tokens_per_s": 61.3,
+        "consumer": None,
+        "exact": None,
+    } | more
 
 
 EVALUATION = {
     "trained": "adapter on nf4",
     "rows": [
-        evaluation_row("base 16-bit", "base", 2.6312, 0.0, 269_060_552, kl=2.7144, top1=0.412),
-        evaluation_row("base nf4", "quantized", 2.7458, 0.0, 116_214_784, kl=2.8021, top1=0.403),
-        evaluation_row("adapter on nf4", "adapter", 0.0583, 0.93, 135_752_704, kl=0.0, top1=1.0),
         evaluation_row(
-            "merged into original", "merged", 0.0611, 0.92, 269_060_552, kl=0.00391, top1=0.993
+            "base 16-bit", "base", 2.6312, 0.0, 269_060_552, (0.17, 0.43), kl=2.7144, top1=0.412
         ),
         evaluation_row(
-            "export adapter", "export", 0.0583, 0.93, 19_571_304,
+            "base nf4", "quantized", BASE_LOSS, 0.0, 116_214_784, (0.14, 0.41),
+            kl=2.8021, top1=0.403,
+        ),
+        evaluation_row(
+            "adapter on nf4", "adapter", TRAINED_LOSS, 0.93, 135_752_704, kl=0.0, top1=1.0
+        ),
+        evaluation_row(
+            "merged onto dequantized", "merged", 0.0611, 0.92, 269_060_552, kl=0.00391, top1=0.993
+        ),
+        evaluation_row(
+            "export adapter", "export", TRAINED_LOSS, 0.93, 19_571_304,
             kl=1.2e-6, top1=1.0, consumer="peft", exact=True, tokens_per_s=None,
         ),
         evaluation_row(
             "export bf16", "export", 0.0611, None, 269_060_552,
-            kl=0.0039, top1=0.993, consumer="transformers", exact=False, answers=0,
+            kl=0.0039, top1=0.993, consumer="transformers", exact=False,
+        ),
+        evaluation_row(
+            "export compressed-tensors-w4a16", "export", 0.1312, 0.81, 113_300_000, (0.22, 0.40),
+            kl=0.061, top1=0.951, consumer="compressed-tensors", exact=False,
+        ),
+        evaluation_row(
+            "export gguf-q4_k_m", "export", 0.1188, 0.84, 105_400_000, (0.27, 0.42),
+            kl=0.055, top1=0.957, consumer="llama.cpp", exact=False,
         ),
     ],
     "merge": {"chosen": "original", "why": "its held-out loss is lower (0.0611 against 0.0634)"},
 }  # fmt: skip
+PROMPTS = [
+    {
+        "prompt": "What did the taxi cost?",
+        "reference": "936.39 CHF",
+        "answers": {
+            "adapter on nf4": "936.39 CHF",
+            "base 16-bit": "<script>I do not know.</script>",
+            "export bf16": "936.39 CHF",
+            "renamed since": "936.39",
+        },
+    },
+    {"prompt": "Say nothing.", "reference": None, "answers": {"base 16-bit": "", "base nf4": ""}},
+]
+
+
+def merged_layers():
+    for block in range(30):
+        for name, change in (("self_attn.q_proj", 0.006), ("mlp.down_proj", 0.004)):
+            change_ratio = change * (1 + block / 30)
+            yield {
+                "layer": f"model.layers.{block}.{name}",
+                "change_ratio": change_ratio,
+                "error_ratio": 0.094,
+                "share": 0.01 + change_ratio,
+            }
 
 
 def layers():
@@ -159,6 +249,9 @@ def finish(trained):
     )
     trained.write("eval.json", EVALUATION)
     trained.write("samples.json", SAMPLES)
+    trained.write("prompts.json", PROMPTS)
+    layers_of = list(merged_layers())
+    trained.write("merge.json", {**EVALUATION["merge"], "refused": None, "layers": layers_of})
     forms = {
         "adapter": ("peft", {"form": "adapter"}),
         "bf16": ("transformers", {"form": "merged", "onto": "original"}),
@@ -194,3 +287,9 @@ def reported(tmp_path_factory):
     run = finish(train(tmp_path_factory.mktemp("reported")))
     write_report(run)
     return run
+
+
+@pytest.fixture(scope="session")
+def measured(reported):
+    """The rows of its eval.json."""
+    return reported.read("eval.json")["rows"]

@@ -14,7 +14,23 @@ def test_everything_of_a_finished_run_is_read(finished):
     found = files.read(finished)
     assert [export["folder"] for export in found.exports] == ["adapter", "bf16", "qtune"]
     assert len(found.samples) == 3
-    assert found.merge == found.evaluation["merge"]
+    assert found.evaluation["merge"].items() <= found.merge.items()
+    assert len(found.merged_layers) == 60 and len(found.prompts) == 2
+
+
+def test_layers_without_a_choice_leave_that_to_the_table(finished):
+    layers = finished.read("merge.json")["layers"]
+    finished.write("merge.json", layers)
+    found = files.read(finished)
+    assert found.merged_layers == layers and found.merge == found.evaluation["merge"]
+
+
+def test_rows_of_an_earlier_release_have_what_was_not_measured_then(finished):
+    table = finished.read("eval.json")
+    old = {key: value for key, value in table["rows"][0].items() if key not in files.NOT_MEASURED}
+    finished.write("eval.json", table | {"rows": [old]})
+    (row,) = files.read(finished).evaluation["rows"]
+    assert row == files.NOT_MEASURED | old and row["tasks"] == []
 
 
 def test_the_file_of_the_merge_goes_before_the_table(finished):

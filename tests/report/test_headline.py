@@ -20,7 +20,7 @@ def rewrite(run, **changes):
 
 def test_a_finished_run_says_what_changed_in_which_time_at_which_size(finished):
     assert said(finished) == (
-        "Exact match 0 % → 93 % on 100 unseen requests; 7 minutes of training; "
+        "JSON match 0 % → 93 % on 100 unseen requests; 7 minutes of training; "
         "135.8 MB instead of 269.1 MB."
     )
 
@@ -44,7 +44,7 @@ def test_a_run_on_preferences_tells_how_many_it_judges_rightly(finished):
 
 def test_the_trained_model_is_the_row_that_the_table_names(finished):
     table = finished.read("eval.json")
-    finished.write("eval.json", table | {"trained": "merged into original"})
+    finished.write("eval.json", table | {"trained": "merged onto dequantized"})
     assert "0 % → 92 %" in said(finished)
 
 

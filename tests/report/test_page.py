@@ -1,19 +1,24 @@
-import json
+import math
 import re
 from html.parser import HTMLParser
 
 import pytest
 
 from qtune.report import write_report
+from qtune.report.files import NOT_MEASURED
 from qtune.report.numbers import DASH, SPACE
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 SECTIONS = [
     "evaluation",
+    "fields",
+    "tasks",
+    "merge",
     "exports",
     "training",
     "memory",
     "samples",
+    "prompts",
     "layers",
     "recipe",
     "environment",
@@ -80,14 +85,16 @@ def shown(run):
 def test_a_finished_run_has_every_section_in_order(reported):
     page = shown(reported)
     assert [section["id"] for section in page.named("section")] == SECTIONS
-    assert "Exact match 0 % → 93 % on 100 unseen requests" in page.text
+    assert "JSON match 0 % → 93 % on 100 unseen requests" in page.text
 
 
 @pytest.mark.parametrize(
     ("missing", "gone"),
     [
-        ("eval.json", ["evaluation"]),
+        ("eval.json", ["evaluation", "fields", "tasks"]),
+        ("merge.json", []),
         ("samples.json", ["samples"]),
+        ("prompts.json", ["prompts"]),
         ("metrics.jsonl", ["training"]),
         ("plan.json", ["memory", "layers"]),
         ("environment.json", ["environment"]),
@@ -116,23 +123,99 @@ def test_a_run_that_has_written_nothing_has_a_page(trained):
     assert "SmolLM2-135M-Instruct" in page.text
 
 
-def test_the_evaluation_is_that_of_the_file(reported):
+def test_the_evaluation_is_that_of_the_file(reported, measured):
     heading, *rows = shown(reported).tables["evaluation"]
     columns = {name: heading.index(name) for name in heading}
-    measured = json.loads((reported.path / "eval.json").read_text())["rows"]
-    assert len(rows) == len(measured)
     for row, found in zip(rows, measured, strict=True):
         assert row[0].startswith(found["name"])
-        assert row[columns["Loss"]] == f"{found['loss']:.4f}"
+        change = ""
+        if found["nats"] is not None:
+            change = f" {found['nats']:+.4f} ± {found['standard_error']:.4f}"
+        assert row[columns["Loss"]] == f"{found['loss']:.4f}{change}"
+        assert row[columns["Recovery"]] == f"{100 * found['recovery']:.1f} %"
         assert row[columns["Perplexity"]] == f"{found['perplexity']:.3f}"
         assert row[columns["Top-1"]] == f"{100 * found['top1']:.1f} %"
         assert row[columns["Size"]] == f"{found['size_bytes'] / 1e6:.1f} MB"
     kl = [row[columns["KL"]] for row in rows]
-    assert kl == ["2.7144", "2.8021", "0.0000", "0.0039", "< 0.0001", "0.0039"]
-    assert [row[1] for row in rows] == ["0 %", "0 %", "93 %", "92 %", "93 %", DASH]
+    assert kl[:6] == ["2.7144", "2.8021", "0.0000", "0.0039", "< 0.0001", "0.0039"]
+    assert [row[columns["JSON match"]] for row in rows[:6]] == [
+        *("0 %", "0 %", "93 %", "92 %", "93 %", DASH)
+    ]
     # the interval of 93 in 100 by Wilson's formula is 86.25 to 96.57
     assert rows[2][2] == f"86{DASH}97 %" and rows[5][2] == ""
-    assert [row[-1] for row in rows] == ["61.3"] * 4 + [DASH, "61.3"]
+    assert rows[0][2] == f"0{DASH}4 % p < 0.001" and rows[3][2] == f"85{DASH}96 % p 0.031"
+    assert [row[-1] for row in rows[:6]] == ["61.3"] * 4 + [DASH, "61.3"]
+
+
+def test_a_table_of_an_earlier_release_has_a_page(finished):
+    table = finished.read("eval.json")
+    for row in table["rows"]:
+        for key in NOT_MEASURED:
+            del row[key]
+    finished.write("eval.json", table)
+    page = page_of(finished)
+    heading, *rows = page.tables["evaluation"]
+    assert "Exact match" in heading and rows[2][2] == f"86{DASH}97 %"
+    assert rows[0][heading.index("Recovery")] == DASH
+    assert "tasks" not in [section["id"] for section in page.named("section")]
+
+
+def test_tasks_and_text_are_those_of_the_file(reported, measured):
+    heading, *rows = shown(reported).tables["tasks"]
+    assert heading == [
+        *("Model", "Bits per byte", "Word perplexity"),
+        *("gsm8k, exact match (strict-match)", "hellaswag, acc norm"),
+    ]
+    text = measured[0]["text"]
+    bits = text["nats"] / math.log(2) / text["bytes"]
+    words = math.exp(text["nats"] / text["words"])
+    assert rows[0] == [
+        "base 16-bit",
+        f"{bits:.4f}",
+        f"{words:.2f}",
+        f"17.0 % (13{DASH}22)",
+        f"43.0 % (38{DASH}48) *",
+    ]
+    assert rows[2][0] == "adapter on nf4" and "*" not in rows[2][-1]
+    assert "wiki.txt, 10,000 bytes, 1,980 words, 2,400 tokens" in shown(reported).text
+
+
+def test_fields_are_those_of_the_file(reported):
+    rows = shown(reported).tables["fields"]
+    assert rows[0] == ["Model", "date", "amount", "category"]
+    assert ["adapter on nf4", "97 %", "100 %", "95 %"] in rows
+    # neither has a right field, and the bf16 export was not asked
+    assert not {"base nf4", "export bf16"} & {row[0] for row in rows}
+
+
+def test_charts_say_in_words_what_they_show(reported):
+    labels = [svg.get("aria-label", "") for svg in shown(reported).named("svg")]
+    labels = [label.replace(SPACE, " ") for label in labels]
+    (quality, _) = [label for label in labels if label.startswith("Recovery over size")]
+    assert "gguf-q4_k_m 97.7 % at 105 MB" in quality
+    assert "adapter on nf4 100.0 %, exact, at 136 MB" in quality
+    # neither what was not tuned, nor the adapter, which needs a base beside it
+    assert "base" not in quality and "adapter 100.0" not in quality
+    assert any(label.startswith("hellaswag, acc norm: base 16-bit 0.43") for label in labels)
+    assert any(label.startswith("q_proj: the adapter changes weights by 0.8") for label in labels)
+
+
+def test_a_refused_merge_is_told(finished):
+    merge = finished.read("merge.json")
+    finished.write("merge.json", {**merge, "refused": "merging keeps 61 %"})
+    assert "Refused: merging keeps 61 %" in page_of(finished).text
+
+
+def test_a_list_of_layers_alone_is_read(finished):
+    finished.write("merge.json", finished.read("merge.json")["layers"])
+    text = page_of(finished).text
+    assert "q_proj 1.9 % kept" in text and "Merged onto the original weights" in text
+
+
+def test_prompts_stand_side_by_side(reported):
+    text = shown(reported).text
+    assert "adapter on nf4, export bf16 936.39 CHF renamed since 936.39 Reference" in text
+    assert "base 16-bit, base nf4 (empty)" in text and "<script>I do not know.</script>" in text
 
 
 def test_exports_are_marked_in_words(reported):

@@ -1,7 +1,6 @@
 """The suite on a CPU: every part runs from end to end, and what fails is recorded."""
 
 import json
-import subprocess
 import sys
 import tempfile
 from importlib import import_module
@@ -13,7 +12,6 @@ import torch
 from gpu.case import Context
 
 CPU = Context(torch.device("cpu"), quick=True, seed=0)
-SCRIPT = Path(gpu_suite.__file__)
 
 
 @pytest.fixture(autouse=True)
@@ -55,12 +53,11 @@ def test_the_quickstart_runs(tiny_model: Path) -> None:
     assert row["ok"] and row["answers"] == 2
 
 
-def test_the_command_writes_a_report(tmp_path: Path) -> None:
+def test_the_command_writes_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "report.json"
     options = ["--device", "cpu", "--quick", "--only", "quickstart", "--commit", "abc"]
-    command = [sys.executable, str(SCRIPT), *options, "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sys, "argv", [gpu_suite.__file__, *options, "--out", str(out)])
+    assert gpu_suite.main() == 0
     report = json.loads(out.read_text())
     assert report["quick"] and report["facts"]["commit"] == "abc"
     (row,) = report["parts"]["quickstart"]["rows"]

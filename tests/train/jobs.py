@@ -4,7 +4,6 @@ As a program, `python jobs.py RECIPE` trains the recipe's job with a float32 mod
 ranks do to a loss is not to be told from bf16's rounding.
 """
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from warm import run_ranks
 
 from qtune import recipe_yaml
 from qtune.machine import Peak
@@ -100,10 +100,7 @@ def train_in_ranks(recipe: Recipe, num_processes: int) -> list[dict[str, Any]]:
     file = recipe.run.with_suffix(".yaml")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(recipe_yaml.dump(recipe))
-    launch = ["torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
-    command = [sys.executable, "-m", *launch, __file__, str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    run_ranks(Path(__file__), file, num_processes=num_processes)
     return figures(recipe.run)
 
 

@@ -1,9 +1,5 @@
 """Whole answers under a model and under its reference, the same base without the adapter."""
 
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +7,7 @@ import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
+from warm import run_ranks
 
 from qtune.data.collate import collate
 from qtune.data.sample import Sample
@@ -106,27 +103,7 @@ def test_figures_of_pairs_are_sums():
     assert [value.item() for value in figures.values()] == [6.0, 3.5, 2.0, 2.5]
 
 
-def test_objectives_with_a_reference_give_two_processes_the_gradient_of_one(tiny_model, tmp_path):
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    script = Path(__file__).with_name("objective_processes.py")
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    started = [
-        subprocess.Popen(
-            [sys.executable, script, tiny_model],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
-    try:
-        for process in started:
-            said, _ = process.communicate(timeout=300)
-            assert process.returncode == 0, said
-            assert "ddp ok" in said and "fsdp ok" in said and "flags ok" in said
-    finally:
-        for process in started:
-            process.kill()
+def test_objectives_with_a_reference_give_two_processes_the_gradient_of_one(tiny_model):
+    program = Path(__file__).with_name("objective_processes.py")
+    said = run_ranks(program, tiny_model)
+    assert all(said.count(f"{done} ok") == 2 for done in ("ddp", "fsdp", "flags"))

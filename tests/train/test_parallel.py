@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from warm import run_ranks
 
 from qtune.errors import UserError
 from qtune.model.load import add_adapter, load_base
@@ -42,10 +41,7 @@ def in_two_processes(folder, cases):
     """What the first of two processes saw of each case."""
     path = folder / "cases.json"
     path.write_text(json.dumps(cases))
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [sys.executable, *launch, str(SCRIPT), str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    run_ranks(SCRIPT, path)
     return json.loads(path.with_suffix(".results").read_text())
 
 

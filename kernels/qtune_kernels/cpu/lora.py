@@ -19,6 +19,11 @@ def takes(rows: Tensor, codes: Codes, rank: int) -> bool:
     return rank <= DEPTH and multiplies(rows, codes)
 
 
+def takes_adapter(rows: Tensor, a: Tensor, b: Tensor) -> bool:
+    """Whether `adapter_gradients` can do an adapter with these rows on this machine."""
+    return all(multiplies(rows, Narrow(matrix)) for matrix in (a, b))
+
+
 def forward(
     x: Tensor, codes: Codes, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
@@ -44,10 +49,25 @@ def backward(
     dx = dy.new_empty(0)
     if needs_dx:
         dx = product(dy, codes, outputs_first=False, extension=Extension(v, _narrow(a)))
+    return dx, *_gradients(dy, x, u, v, a, b, scaling)
+
+
+def adapter_gradients(
+    dy: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """dA [R, I] and dB [O, R] in float32 of dy [T, O] and x [T, I]."""
+    u = product(x, _narrow(a), outputs_first=True)
+    v = product(dy, _narrow(b, scaling), outputs_first=False)
+    return _gradients(dy, x, u, v, a, b, scaling)
+
+
+def _gradients(
+    dy: Tensor, x: Tensor, u: Tensor, v: Tensor, a: Tensor, b: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
     da = _sum_over_rows(v, x)[: a.shape[0]]
     db = torch.empty_like(b, dtype=torch.float32)
     torch.mul(_sum_over_rows(u, dy)[: a.shape[0]].T, scaling, out=db)
-    return dx, da, db
+    return da, db
 
 
 def _narrow(matrix: Tensor, factor: float = 1.0) -> Narrow:

@@ -7,6 +7,7 @@ leaves out.
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ _LEGAL = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 # Python files of models that bring their own code
 _CODE = ("*.py",)
 _GENERATION = "generation_config.json"
+_NUMBERS = re.compile(r"\[\n([-\d.eE+,\s]+)\]")
 
 
 def write(base_folder: Path, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -72,8 +74,11 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, known: int | list[int] | None =
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write an object as readable JSON."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write an object as readable JSON, lists of numbers on one line each."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    # a string holds no line break as such, so this meets lists only
+    text = _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def _replace_old_template(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -6,6 +6,12 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from qtune.errors import UserError
+
+
+class NotInstalled(UserError):
+    """The library that loads an export is not there: the export may be right, nobody knows."""
+
 
 def load_model(folder: Path, device: torch.device) -> PreTrainedModel:
     """The model in a folder, in the dtype of its config, ready for evaluation."""

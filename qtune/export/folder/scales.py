@@ -1,8 +1,8 @@
-"""Which exports can hold what `adapter: scales`, `lora + scales` and `qa-lora` train, and why not.
+"""Which exports can hold what is trained into the base's own codes, scales and zero points.
 
-Trained scales, and zero points with an update merged into them, are those of the base's codes. So
-they go wherever these codes go as they are, or as dequantized 16-bit weights, and nowhere else.
-Trained scales are float16; trained zero points are no whole numbers.
+That is what `adapter: scales`, `lora + scales` and `qa-lora` train, and `train.merge_aware`. It
+goes wherever these codes go as they are, or as dequantized 16-bit weights, and nowhere else.
+Trained scales are float16, trained zero points no whole numbers, and codes are codes.
 """
 
 from qtune.export.folder.trained import Form
@@ -19,9 +19,11 @@ def why_not(name: str, recipe: Recipe, form: Form, *, quantizes: bool) -> list[s
 
     `quantizes` says whether its merged form would quantize merged weights.
     """
-    if recipe.adapter == "lora":
+    aware = recipe.train.merge_aware
+    if recipe.adapter == "lora" and not aware:
         return []
-    what = f"what adapter: {recipe.adapter} trains"
+    word = "train.merge_aware" if aware else f"adapter: {recipe.adapter}"
+    what = f"what {word} trains"
     reasons = [
         (
             name in ADAPTERS,
@@ -36,7 +38,7 @@ def why_not(name: str, recipe: Recipe, form: Form, *, quantizes: bool) -> list[s
             f"new codes would have no use for {what}; set merge.quantized: pair",
         ),
         (
-            name == "bitsandbytes",
+            name == "bitsandbytes" and not aware,
             "it keeps scales in 8 bits, and trained ones are float16; export qtune or bf16",
         ),
         (

@@ -21,6 +21,7 @@ from qtune.model.calibration.trace import Call
 from qtune.model.prequantized import on_meta
 from qtune.model.quantizer import release_pages
 from qtune.quant.linear import QuantLinear
+from qtune.quant.method import shared_channels
 
 
 @dataclass
@@ -113,34 +114,44 @@ class _Work:
             for hidden, call in zip(self.hidden, self.calls, strict=True):
                 with suppress(Enough):
                     call.run(self.block, hidden)
-        hessian = found[group[0]].mean()
-        for name in group:
-            self.fit(name, hessian)
+        self._fit_for(group, found[group[0]].mean())
 
     def fit_at_once(self, groups: list[list[str]]) -> None:
         """Fit all layers for what the dense block gives them, and hand its outputs on."""
         with measuring({group[0]: self.places[group[0]].dense for group in groups}) as found:
             self.go_on()
         for group in groups:
-            hessian = found.pop(group[0]).mean()
-            for name in group:
-                self.fit(name, hessian)
+            self._fit_for(group, found.pop(group[0]).mean())
 
     def go_on(self) -> None:
         """Put the hidden states behind the block, as it is now, in the place of those before it."""
         for i, call in enumerate(self.calls):
             self.hidden[i] = call.run(self.block, self.hidden[i])
 
-    def fit(self, name: str, hessian: Tensor | None) -> None:
+    def fit(self, name: str, hessian: Tensor | None, channels: Tensor | None = None) -> None:
         """Fit one layer and put it, with its adapter's start, in the place of the dense one."""
-        place, weight = self.places[name], self.whole.weights[name]
-        on_device = weight.to(place.dense.weight.device)
-        fitted = fit(name, place.quantized, on_device, hessian, self.wanted)
+        place = self.places[name]
+        found = place.quantized, self._weight(name), hessian, self.wanted, channels
+        fitted = fit(name, *found)
         self.whole.model.set_submodule(name, place.quantized)
         if fitted.start is not None:
             hook = place.quantized.register_forward_hook(_adding(*fitted.start))
             self.adapters.callback(hook.remove)
         self.outcome.add(name, fitted)
+
+    def _fit_for(self, group: list[str], hessian: Tensor | None) -> None:
+        """Fit layers that share an input of that Hessian."""
+        channels = None
+        if self.wanted.shares and hessian is not None:
+            layers = [self.places[name].quantized for name in group]
+            weights = [self._weight(name) for name in group]
+            channels = shared_channels(layers, weights, hessian, self.wanted.quant)
+        for name in group:
+            self.fit(name, hessian, channels)
+
+    def _weight(self, name: str) -> Tensor:
+        """The dense weight [O, I] of a layer, on the device where it is computed."""
+        return self.whole.weights[name].to(self.places[name].dense.weight.device)
 
 
 def _adding(a: Tensor, b: Tensor) -> Callable[..., Tensor]:

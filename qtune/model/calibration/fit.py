@@ -17,12 +17,13 @@ class Wanted:
     """What is to be found for every layer: how codes are chosen, how adapters begin.
 
     `ranks` are those of the adapters, by the names of the layers that get one; `init` None: they
-    begin at zero.
+    begin at zero. With `shares` layers of one input have the same channel factors.
     """
 
     quant: Quant
     init: lowrank.Init | None
     ranks: dict[str, int]
+    shares: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,16 +51,22 @@ class Fitted:
 
 @torch.no_grad()
 def fit(
-    name: str, layer: QuantLinear, weight: Tensor, hessian: Tensor | None, wanted: Wanted
+    name: str,
+    layer: QuantLinear,
+    weight: Tensor,
+    hessian: Tensor | None,
+    wanted: Wanted,
+    channels: Tensor | None = None,
 ) -> Fitted:
     """The best codes, which `layer` has from now on, and start for a dense weight [O, I].
 
-    Without a Hessian codes are the nearest ones, and there is no start.
+    Without a Hessian codes are the nearest ones, and there is no start. `channels` [I] are factors
+    shared with others.
     """
     began = time.monotonic()
     quant = wanted.quant if hessian is not None else replace(wanted.quant, method="nearest")
     notes: list[str] = []
-    tensors = method.quantize(layer, weight, hessian, quant, notes.append)
+    tensors = method.quantize(layer, weight, hessian, quant, notes.append, channels)
     layer.load(tensors)
     start = None
     if hessian is not None and wanted.init is not None and name in wanted.ranks:
@@ -70,7 +77,9 @@ def fit(
             hessian,
             wanted.ranks[name],
             damping=quant.calibration.damping,
-            encode=lambda dense: method.quantize(layer, dense, hessian, quant, notes.append),
+            encode=lambda dense: method.quantize(
+                layer, dense, hessian, quant, notes.append, channels
+            ),
             note=notes.append,
         )
         tensors, start = changed or tensors, (a, b)

@@ -4,9 +4,12 @@ arXiv 2306.00978. A weight that is larger within its group loses less of itself.
 searched for: the factor of an input is a power of its root mean square, and the power is the one
 with the least error of the layer's outputs, tr(E H E^T). Each group's range is searched for with
 every power: in 3 bits and below what suits whole ranges does not suit smaller ones. The factors
-stay in the layer, so layers that share an input need not agree on them, as they would have to were
-they folded into the layer before.
+stay in the layer, so layers that share an input need not agree on them. Where they are to be folded
+into the layer before, they have to: then one power is chosen for all of them (`shared`), and layers
+behind nothing that could take factors have none.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,17 +28,23 @@ SMALLEST, LARGEST = 1e-4, 1e4
 
 
 def awq(
-    layer: QuantLinear, weight: Tensor, hessian: Tensor | None, settings: Quant, note: Note
+    layer: QuantLinear,
+    weight: Tensor,
+    hessian: Tensor | None,
+    settings: Quant,
+    note: Note,
+    channels: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """What `layer.load` takes for a dense weight [O, I], given its Hessian [I, I].
 
-    The layer's storage has channel factors.
+    Factors are searched for where the layer's storage has such and none, `channels` [I], are given.
     """
-    if hessian is None or not layer.storage.channels:
-        raise ValueError("AWQ needs a Hessian, and a layer with channel factors")
+    if hessian is None:
+        raise ValueError("AWQ needs a Hessian")
     weight = weight.float()
     regular = damped(hessian, settings.calibration.damping, note)[0].float()
-    channels = best_channels(layer, weight, regular)
+    if channels is None and layer.storage.channels:
+        channels = best_channels(layer, weight, regular)
     inner = layer.inner_weight(weight, channels)
     importance = layer.inner_hessian(regular, channels).diagonal()
     settled = layer.settle(fit_groups(layer.format, inner, layer.group_size, importance))
@@ -43,7 +52,19 @@ def awq(
     return layer.store(codes, settled, channels)
 
 
+def shared(
+    layers: Sequence[QuantLinear], weights: Sequence[Tensor], hessian: Tensor, settings: Quant
+) -> Tensor | None:
+    """The factors [I] that are best for all layers of one input together; None: they have none."""
+    if not all(layer.storage.channels for layer in layers):
+        return None
+    notes: list[str] = []  # each layer says the same of the Hessian by itself
+    regular = damped(hessian, settings.calibration.damping, notes.append)[0].float()
+    return best_channels(layers[0], torch.cat([weight.float() for weight in weights]), regular)
+
+
 METHOD = awq
+SHARED = shared
 
 
 def best_channels(layer: QuantLinear, weight: Tensor, hessian: Tensor) -> Tensor:

@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from qtune.export.folder.companions import generation_config, stop_ids, write, write_config
+from qtune.export.folder.companions import (
+    generation_config,
+    stop_ids,
+    write,
+    write_config,
+    write_json,
+)
 from qtune.model.load import load_tokenizer
 
 
@@ -100,6 +106,14 @@ def test_config_has_the_changes_and_nothing_stale(base: Path, out: Path) -> None
     (base / "config.json").write_text(json.dumps(config | stale | {"_name_or_path": "/home/me"}))
     write_config(base, out, {"dtype": "bfloat16"})
     assert json.loads((out / "config.json").read_text()) == config | {"dtype": "bfloat16"}
+
+
+def test_json_has_lists_of_numbers_on_one_line(tmp_path: Path) -> None:
+    value = {"a": [1, -2.5e-07, 3], "b": [[1], [2]], "c": ["x\n1,\n"], "d": [], "e": "[\n 1\n]"}
+    write_json(tmp_path / "x.json", value)
+    text = (tmp_path / "x.json").read_text()
+    assert json.loads(text) == value
+    assert '"a": [1, -2.5e-07, 3],\n' in text and "    [1],\n" in text
 
 
 def test_old_template_in_the_tokenizers_configuration_is_replaced(

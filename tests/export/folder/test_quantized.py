@@ -18,7 +18,7 @@ from qtune.export.folder.quantized import (
 )
 from qtune.model.merge import merged_tensors
 from qtune.quant.linear import QuantLinear
-from qtune.recipe import Lora, Quant
+from qtune.recipe import Merge, Quant
 
 
 @pytest.mark.parametrize("skip", [("lm_head",), ("lm_head", "down_proj"), ()])
@@ -41,6 +41,8 @@ def test_merged_form_is_quantized_once_from_the_original_merge(
     train: Callable[..., Trained], tmp_path: Path
 ) -> None:
     trained = replace(train("qwen2"), form="merged", onto="dequantized")
+    nearest = replace(trained.recipe, merge=Merge(method="nearest"))
+    trained = replace(trained, recipe=nearest)
     stored = load_file(export("qtune", trained, tmp_path / "out") / "model.safetensors")
     merged = dict(merged_tensors(trained.base_folder, trained.model, "original"))
     name = "model.layers.1.mlp.up_proj.weight"
@@ -63,13 +65,12 @@ def test_duplicate_of_a_tied_tensor_is_left_out(
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
 
 
-def test_pair_stays_tied_where_the_adapter_unties(train: Callable[..., Trained]) -> None:
-    with pytest.warns(UserWarning, match="tie"):
-        trained = train("llama", lora=Lora(rank=4, modules_to_save=("lm_head",)))
+def test_config_says_the_dtype_and_the_manifest_the_form(train: Callable[..., Trained]) -> None:
+    trained = train("llama")
     assert config_changes(trained) == {"dtype": "bfloat16"}
-    merged = replace(trained, form="merged")
-    assert config_changes(merged) == {"dtype": "bfloat16", "tie_word_embeddings": False}
-    assert (form_of(trained)["form"], form_of(merged)["form"]) == ("pair", "merged")
+    assert form_of(trained) == {"form": "pair"}
+    made = {"form": "merged", "onto": "original", "method": "nearest"}
+    assert form_of(replace(trained, form="merged")) == made
 
 
 def test_bytes_are_those_of_codes_and_adapter(train: Callable[..., Trained]) -> None:

@@ -44,19 +44,19 @@ def calibrate(tmp_path, rows, monkeypatch):
     """Calibrates a folder's blocks: the model, outcomes of its blocks, and Hessians by layer."""
     used = {}
 
-    def noted(name, layer, weight, hessian, wanted):
+    def noted(name, layer, weight, hessian, *rest):
         used[name] = hessian
-        return fit(name, layer, weight, hessian, wanted)
+        return fit(name, layer, weight, hessian, *rest)
 
     monkeypatch.setattr(module, "fit", noted)
 
-    def run(folder, *, init=None, rank=2, **settings):
+    def run(folder, *, init=None, rank=2, shares=False, **settings):
         quant = Quant(group_size=16, **settings)
         config = QtuneConfig.of(quant)
         dense = load_dense(folder, config, tmp_path / "l", device=CPU, dtype=torch.float32)
         with torch.no_grad():
             found = trace(dense.model, rows, lambda name: dense_block(dense, name))
-        wanted = Wanted(quant, init, dict.fromkeys(dense.weights, rank))
+        wanted = Wanted(quant, init, dict.fromkeys(dense.weights, rank), shares)
         hidden = list(found.hidden)
         outcomes = [
             calibrate_block(dense, name, hidden, found.calls[name], wanted) for name in found.names
@@ -131,6 +131,19 @@ def test_layers_that_share_their_input_share_its_hessian(make_model, calibrate):
     order = list(first)
     assert order.index("v_proj") < order.index("o_proj") < order.index("up_proj")
     assert order[-1] == "down_proj"
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+@pytest.mark.parametrize("shares", [True, False])
+def test_layers_of_one_input_can_share_their_factors(make_model, calibrate, shares, sequential):
+    calibration = Calibration(sequential=sequential)
+    settings = {"format": "int3", "method": "awq", "calibration": calibration}
+    model, outcomes, _ = calibrate(make_model(), shares=shares, **settings)
+    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+    attention = finish(model, outcomes).model.layers[0].self_attn
+    q, k, v, o = (getattr(attention, name).channel_factors for name in names)
+    assert (torch.equal(q, k) and torch.equal(q, v)) == shares
+    assert not torch.equal(o, q)
 
 
 def test_layer_that_does_not_run_takes_the_nearest_codes(make_model, calibrate, monkeypatch):

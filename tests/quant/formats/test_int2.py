@@ -3,15 +3,7 @@
 from collections.abc import Callable
 
 import pytest
-import torch
-
-from qtune.quant.format import load_format
-from qtune.quant.storage import Storage
-from qtune.quant.weight import dequantize, quantize, storage_bytes
-from qtune_kernels.scales import dequantize_scales, unpack_zeros
-
-INT2 = load_format("int2")
-STORAGE = Storage("int2")
+from format_checks import bits_of_a_weight, check_zero_points_are_whole_and_scales_halves
 
 
 def test_errors_on_normal_values(gaussian_error: Callable[..., float]) -> None:
@@ -20,21 +12,10 @@ def test_errors_on_normal_values(gaussian_error: Callable[..., float]) -> None:
 
 
 def test_stored_zero_points_are_whole_and_scales_halves() -> None:
-    weight = torch.randn(96, 320, generator=torch.Generator().manual_seed(0)) * 0.02
-    made = quantize(weight, STORAGE, 64)
-    scales = dequantize_scales(made.scales)
-    assert torch.equal(scales.half().float(), scales)
-    assert made.scales.zeros is not None
-    zeros = unpack_zeros(made.scales.zeros, 2, 480)
-    assert set(zeros.tolist()) <= set(range(4))
-    back = dequantize(made, INT2, 64, (96, 320), torch.float32).view(-1, 64).double()
-    levels = (back / scales.double().unsqueeze(1) + zeros.double().unsqueeze(1)).round()
-    assert levels.min() == 0 and levels.max() == 3
-    exact = (levels - zeros.double().unsqueeze(1)) * scales.double().unsqueeze(1)
-    assert torch.allclose(back, exact, rtol=1e-6, atol=0)
+    check_zero_points_are_whole_and_scales_halves("int2")
 
 
 def test_bits_of_a_weight() -> None:
-    size = sum(storage_bytes((1024, 1024), STORAGE).values())
     # codes, a byte for the scale of 64, 2 bits for their zero, 4 bytes for 256 scales
-    assert size * 8 / 2**20 == pytest.approx(2 + 8 / 64 + 2 / 64 + 32 / (64 * 256), abs=1e-4)
+    expected = 2 + 8 / 64 + 2 / 64 + 32 / (64 * 256)
+    assert bits_of_a_weight("int2") == pytest.approx(expected, abs=1e-4)

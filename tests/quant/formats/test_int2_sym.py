@@ -4,10 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from format_checks import bits_of_a_weight
 
 from qtune.quant.format import load_format
-from qtune.quant.storage import Storage
-from qtune.quant.weight import storage_bytes
 
 
 def test_levels_are_halves() -> None:
@@ -27,5 +26,5 @@ def test_halves_lose_less_than_integers(gaussian_error: Callable[..., float]) ->
 
 
 def test_bits_of_a_weight() -> None:
-    size = sum(storage_bytes((1024, 1024), Storage("int2_sym")).values())
-    assert size * 8 / 2**20 == pytest.approx(2 + 8 / 64 + 32 / (64 * 256), abs=1e-4)
+    expected = 2 + 8 / 64 + 32 / (64 * 256)
+    assert bits_of_a_weight("int2_sym") == pytest.approx(expected, abs=1e-4)

@@ -3,30 +3,20 @@
 from collections.abc import Callable
 
 import pytest
-import torch
+from format_checks import (
+    check_each_level_is_the_mean_of_what_it_stands_for,
+    check_levels_are_symmetric_and_ascend,
+)
 
-from qtune.quant.format import load_format
 from qtune.quant.formats.lm2 import LEVELS
 
 
 def test_levels_are_symmetric_and_ascend() -> None:
-    levels = torch.tensor(LEVELS)
-    assert len(LEVELS) == 4
-    assert torch.equal(levels, -levels.flip(0)) and levels.diff().min() > 0
+    check_levels_are_symmetric_and_ascend(LEVELS, bits=2)
 
 
 def test_each_level_is_the_mean_of_what_it_stands_for() -> None:
-    groups = torch.randn(1 << 16, 64, generator=torch.Generator().manual_seed(0))
-    fmt = load_format("lm2")
-    params = fmt.fit(groups)
-    largest = params.scales.double().unsqueeze(1)
-    # an error counts as much as its group is large
-    ratios, weights = groups.double() / largest, largest.square().expand_as(groups)
-    codes = fmt.encode(groups, params).long().flatten()
-    total = torch.zeros(4, dtype=torch.float64)
-    mass = total.index_add(0, codes, weights.flatten())
-    mean = total.index_add(0, codes, (ratios * weights).flatten()) / mass
-    assert torch.allclose(mean, torch.tensor(LEVELS).double(), atol=2e-3)
+    check_each_level_is_the_mean_of_what_it_stands_for("lm2")
 
 
 def test_errors_on_normal_values(gaussian_error: Callable[..., float]) -> None:
@@ -34,9 +24,7 @@ def test_errors_on_normal_values(gaussian_error: Callable[..., float]) -> None:
     assert gaussian_error("lm2", search=True) == pytest.approx(0.113, rel=0.02)
 
 
-def test_no_other_format_of_two_bits_loses_less(
-    gaussian_error: Callable[..., float],
-) -> None:
+def test_no_other_format_of_two_bits_loses_less(gaussian_error: Callable[..., float]) -> None:
     found = gaussian_error("lm2", search=True)
     others = ["int2", "int2_sym"]
     assert all(found < 1.01 * gaussian_error(name, search=True) for name in others)

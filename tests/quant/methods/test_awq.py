@@ -8,7 +8,7 @@ from torch import Tensor
 from qtune.quant.clip import best
 from qtune.quant.format import format_names
 from qtune.quant.linear import QuantLinear
-from qtune.quant.methods.awq import METHOD, POWERS, best_channels
+from qtune.quant.methods.awq import METHOD, POWERS, SHARED, best_channels
 from qtune.recipe_quant import Quant
 
 FORMATS = [name for name in format_names() if name not in ("e8p", "int8", "ternary")]
@@ -93,11 +93,37 @@ def test_factors_stay_within_half_precision() -> None:
     assert torch.isfinite(layer.dequantize(torch.float32)).all()
 
 
-def test_needs_a_hessian_and_factors() -> None:
+def test_needs_a_hessian() -> None:
     weight = weight_of()
-    for layer, hessian in (
-        (empty(weight, channels=True), None),
-        (empty(weight), hessian_of()),
-    ):
-        with pytest.raises(ValueError, match="Hessian"):
-            METHOD(layer, weight, hessian, SETTINGS, pytest.fail)
+    with pytest.raises(ValueError, match="Hessian"):
+        METHOD(empty(weight, channels=True), weight, None, SETTINGS, pytest.fail)
+
+
+def test_without_factors_ranges_suit_the_inputs() -> None:
+    weight, hessian = weight_of(), uneven()
+    layer, plain = empty(weight, format="int2"), empty(weight, format="int2")
+    layer.load(METHOD(layer, weight, hessian, SETTINGS, pytest.fail))
+    plain.load(plain.pack(weight))
+    error = output_error(plain, weight, hessian)
+    assert output_error(layer, weight, hessian) < 0.98 * error
+
+
+def test_shared_factors_are_those_of_all_layers_together() -> None:
+    hessian = uneven()
+    weights = [weight_of(rows, seed=rows) for rows in (8, 24)]
+    layers = [empty(weight, format="int3", channels=True) for weight in weights]
+    found = SHARED(layers, weights, hessian, SETTINGS)
+    both = torch.cat(weights)
+    expected = METHOD(empty(both, format="int3", channels=True), both, hessian, SETTINGS, print)
+    assert torch.equal(found.half().view(torch.uint8), expected["channels"])
+    for layer, weight in zip(layers, weights, strict=True):
+        layer.load(METHOD(layer, weight, hessian, SETTINGS, pytest.fail, channels=found))
+        assert torch.equal(layer.channel_factors, found.half())
+        alone = output_error(by_awq(weight, hessian), weight, hessian)
+        assert alone <= output_error(layer, weight, hessian) < 1.5 * alone
+
+
+def test_no_factors_are_shared_with_a_layer_that_has_none() -> None:
+    weight = weight_of()
+    layers = [empty(weight, channels=True), empty(weight)]
+    assert SHARED(layers, [weight, weight], uneven(), SETTINGS) is None

@@ -1,0 +1,1 @@
+"""Engines that load an export, behind the face of a transformers model."""

@@ -1,0 +1,1 @@
+"""The graph of a decoder for ONNX Runtime, written without tracing."""
