@@ -12,45 +12,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from qtune.errors import UserError
+from qtune.export.bf16 import Bf16Exporter
 from qtune.export.folder.companions import write_config
-from qtune.export.folder.dense import dense_bytes, dense_config, dense_tensors, form_of
-from qtune.export.folder.load import load_model
-from qtune.export.folder.trained import Form, Trained
+from qtune.export.folder.dense import dense_config, dense_tensors, form_of
+from qtune.export.folder.trained import Trained
 from qtune.model.shards import write_shards
-from qtune.recipe import Recipe
 
 LARGEST = torch.finfo(torch.float16).max
 
 
-class Fp16Exporter:
+class Fp16Exporter(Bf16Exporter):
     """Writes merged weights in float16."""
-
-    consumer = "transformers"
-    forms: tuple[Form, ...] = ("merged",)
-
-    def check(self, recipe: Recipe, form: Form = "pair") -> list[str]:
-        """Nothing: sizes of weights are known when they are merged."""
-        return []
-
-    def quant(self, recipe: Recipe) -> None:
-        """None: its weights are in 16 bits."""
-
-    def size_bytes(self, trained: Trained) -> int:
-        """The bytes of the 16-bit weights."""
-        return dense_bytes(trained)
 
     def write(self, trained: Trained, folder: Path) -> dict[str, Any]:
         """Write the merged weights and config.json; raises UserError for one that is too large."""
         write_shards(checked(dense_tensors(trained, torch.float16)), folder)
         write_config(trained.base_folder, folder, dense_config(trained, torch.float16))
         return form_of(trained)
-
-    def load(self, folder: Path, base_folder: Path, device: torch.device) -> PreTrainedModel:
-        """The merged model, as transformers loads it."""
-        return load_model(folder, device)
 
 
 def checked(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

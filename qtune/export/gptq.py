@@ -9,41 +9,28 @@ layout does not depend on it.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from qtune.errors import UserError
-from qtune.export.consumers import gptqmodel
-from qtune.export.folder import int_base, vllm_lora
-from qtune.export.folder.companions import write_config
+from qtune.export.folder import int_base
+from qtune.export.folder.gptqmodel_folder import GptqmodelFolder
 from qtune.export.folder.int_packing import GPTQ, pack_codes, pack_zeros, place_scales
 from qtune.export.folder.int_weight import MIDDLE, int_weight
-from qtune.export.folder.quantized import (
-    config_changes,
-    dense_linears,
-    form_of,
-    quantized_bytes,
-    quantized_weights,
-    write_quantized,
-)
+from qtune.export.folder.quantized import dense_linears, quantized_weights
 from qtune.export.folder.trained import Form, Trained
 from qtune.quant.linear import QuantLinear
 from qtune.recipe import FormatName, Quant, Recipe
 
 
 @dataclass(frozen=True)
-class GptqExporter:
+class GptqExporter(GptqmodelFolder):
     """Writes codes of one `format`, float16 scales, zero points and the group of each input."""
 
     format: FormatName
     bits: int
-    consumer: str = "gptqmodel"
-    forms: tuple[Form, ...] = ("pair", "merged")
 
     def check(self, recipe: Recipe, form: Form = "pair") -> list[str]:
         """A pair needs a base without zero points, in groups that kernels know."""
@@ -58,59 +45,37 @@ class GptqExporter:
         """The format of the container, its codes found as the recipe says."""
         return int_base.merged_quant(recipe, self.format)
 
-    def size_bytes(self, trained: Trained) -> int:
-        """The bytes of codes, scales, what stays in 16 bits and the adapter."""
-        return quantized_bytes(trained)
+    def layer_tensors(self, prefix: str, layer: QuantLinear) -> Iterator[tuple[str, Tensor]]:
+        """Codes, zero points, scales and groups of one layer; UserError for what has no place."""
+        weight = int_weight(prefix.removesuffix("."), layer, MIDDLE)
+        inputs = torch.arange(layer.in_features, dtype=torch.int32)
+        yield f"{prefix}qweight", pack_codes(weight.codes, weight.bits, GPTQ)
+        yield f"{prefix}qzeros", pack_zeros(weight.zeros, weight.bits, GPTQ)
+        yield f"{prefix}scales", place_scales(weight.scales, GPTQ).half()
+        yield f"{prefix}g_idx", inputs // weight.group_size
 
-    def write(self, trained: Trained, folder: Path) -> dict[str, Any]:
-        """Write the weights, config.json and, in the pair form, the adapter."""
-        write_quantized(trained, folder, layer_tensors)
-        config = {"quantization_config": quant_config(trained, self.bits)}
-        write_config(trained.base_folder, folder, config_changes(trained) | config)
-        return form_of(trained) | vllm_lora.notes(folder)
+    def quant_config(self, trained: Trained) -> dict[str, Any]:
+        """What config.json says of the quantization.
 
-    def load(
-        self, folder: Path, base_folder: Path, device: torch.device
-    ) -> PreTrainedModel | PeftModel:
-        """The model on gptqmodel's layers, with its adapter if there is one."""
-        return gptqmodel.load(folder, device)
-
-
-def layer_tensors(prefix: str, layer: QuantLinear) -> Iterator[tuple[str, Tensor]]:
-    """The entries of one layer, whose name with the dot is `prefix`, in a GPTQ checkpoint.
-
-    Raises UserError for a layer that the layout cannot hold.
-    """
-    weight = int_weight(prefix.removesuffix("."), layer, MIDDLE)
-    inputs = torch.arange(layer.in_features, dtype=torch.int32)
-    yield f"{prefix}qweight", pack_codes(weight.codes, weight.bits, GPTQ)
-    yield f"{prefix}qzeros", pack_zeros(weight.zeros, weight.bits, GPTQ)
-    yield f"{prefix}scales", place_scales(weight.scales, GPTQ).half()
-    yield f"{prefix}g_idx", inputs // weight.group_size
-
-
-def quant_config(trained: Trained, bits: int) -> dict[str, Any]:
-    """What config.json says of the quantization.
-
-    Raises UserError where layers of one kind are in 16 bits in some blocks only.
-    """
-    config = {
-        "quant_method": "gptq",
-        "bits": bits,
-        "group_size": int_base.group_entry(trained),
-        "desc_act": False,
-        "sym": True,
-        "lm_head": False,
-        "checkpoint_format": "gptq",
-    }
-    dense = set(map(_kind, dense_linears(trained))) - {""}
-    kinds = set(map(_kind, quantized_weights(trained)))
-    if dense & kinds:
-        raise UserError(
-            f"GPTQ folders name layers by their kind, and {min(dense & kinds)} is in 16 bits in "
-            "some blocks only; name the kind in quant.skip"
-        )
-    return config | ({"modules_in_block_to_quantize": [sorted(kinds)]} if dense else {})
+        Raises UserError where layers of one kind are in 16 bits in some blocks only.
+        """
+        config = {
+            "quant_method": "gptq",
+            "bits": self.bits,
+            "group_size": int_base.group_entry(trained),
+            "desc_act": False,
+            "sym": True,
+            "lm_head": False,
+            "checkpoint_format": "gptq",
+        }
+        dense = set(map(_kind, dense_linears(trained))) - {""}
+        kinds = set(map(_kind, quantized_weights(trained)))
+        if dense & kinds:
+            raise UserError(
+                f"GPTQ folders name layers by their kind, and {min(dense & kinds)} is in 16 bits "
+                "in some blocks only; name the kind in quant.skip"
+            )
+        return config | ({"modules_in_block_to_quantize": [sorted(kinds)]} if dense else {})
 
 
 def _kind(name: str) -> str:

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qtune.errors import UserError
 from qtune.model.folder import read_json
 
 
@@ -49,6 +51,14 @@ def stored_tensor(path: Path, name: str) -> Tensor:
     with safe_open(path, framework="pt") as file:
         found: Tensor = file.get_tensor(name)
     return found
+
+
+def tensors_beside(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file that may be missing: none then. Raises UserError for a damaged one."""
+    try:
+        return load_file(path) if path.exists() else {}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def stored_dtype(folder: Path) -> torch.dtype:

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from peft import PeftModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qtune.errors import UserError
+from qtune.model.checkpoint import tensors_beside
 from qtune.model.lora import QuantLoraLinear
 from qtune.model.merge_aware import with_codes
 from qtune.quant.linear import QuantLinear
@@ -36,11 +36,7 @@ def write(model: nn.Module, folder: Path) -> None:
 
 def read(folder: Path) -> dict[str, Tensor]:
     """The tensors of the file; none where there is no file. Raises UserError for a damaged one."""
-    path = folder / FILE
-    try:
-        return load_file(path) if path.exists() else {}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+    return tensors_beside(folder / FILE)
 
 
 def put(model: PeftModel, saved: Mapping[str, Tensor]) -> dict[str, QuantLinear]:

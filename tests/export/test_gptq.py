@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qtune.errors import UserError
 from qtune.export.exporter import Trained, export
-from qtune.export.gptq import EXPORTERS, quant_config
+from qtune.export.gptq import EXPORTERS
 from qtune.export.verify import check_logits, reload
 from qtune.model.merge import quant_layers
 from qtune.recipe import Quant
@@ -76,14 +76,14 @@ def test_pair_decodes_to_the_weights_of_training(
 
 def test_layers_in_16_bits_are_told_by_kind(train: Callable[..., Trained]) -> None:
     trained = train(quant=Quant(format="int4_sym", skip=("lm_head", "k_proj", "mlp.up_proj")))
-    config = quant_config(trained, 4)
+    config = EXPORTERS["gptq"].quant_config(trained)
     assert config["modules_in_block_to_quantize"] == [
         ["mlp.down_proj", "mlp.gate_proj", "self_attn.o_proj", "self_attn.q_proj",
          "self_attn.v_proj"]
     ]  # fmt: skip
     odd = train(quant=Quant(format="int4_sym", skip=("lm_head", "layers.0.self_attn.k_proj")))
     with pytest.raises(UserError, match=r"self_attn.k_proj is in 16 bits in some blocks only"):
-        quant_config(odd, 4)
+        EXPORTERS["gptq"].quant_config(odd)
 
 
 def test_zero_points_are_refused_with_the_way_out(train: Callable[..., Trained]) -> None:
