@@ -18,11 +18,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 from qtune import cli_low_bits, cli_serving
+from qtune.cli_serving import add_overrides
 from qtune.errors import UserError
 from qtune.interrupt import Interrupted, at_once
 
 # options with several values; KEY=VALUE behind them is an override all the same
-LISTS = {"allow", "formats", "methods", "inits"}
+LISTS = {"allow", "formats", "methods", "inits", "to"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -119,11 +120,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_recipe(compare)
     low_bits.add_compare(compare)
 
-    for verb, text in (
-        ("eval", "measure a run's base, quantized and tuned model again"),
-        ("report", "write a run's report.html again"),
-    ):
-        _add_run(verbs.add_parser(verb, help=text))
+    evaluate = verbs.add_parser("eval", help="measure a run's models again")
+    _add_run(evaluate)
+    add_overrides(evaluate, "e.g. evaluate.tasks=[gsm8k]")
+    _add_run(verbs.add_parser("report", help="write a run's report.html again"))
     serving = cli_serving
     serving.add_merge(verbs.add_parser("merge", help="fold a run's adapter into 16-bit weights"))
     serving.add_export(verbs.add_parser("export", help="write a run's model for other software"))
@@ -144,12 +144,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, help="YAML file")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="KEY=VALUE",
-        help="e.g. train.lr=1e-4; checked like the file",
-    )
+    add_overrides(parser, "e.g. train.lr=1e-4; checked like the file")
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
@@ -205,7 +200,7 @@ def _run_stage(chosen: argparse.Namespace) -> None:
     """A stage of a run that has been trained."""
     from qtune import run_folder
 
-    folder = run_folder.open_run(chosen.run)
+    folder = run_folder.open_run(chosen.run, getattr(chosen, "overrides", ()))
     _quiet_libraries()
     from qtune import run
 

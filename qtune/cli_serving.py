@@ -11,6 +11,7 @@ from qtune.recipe import Recipe
 def add_merge(parser: argparse.ArgumentParser) -> None:
     """The arguments of `qtune merge`."""
     parser.add_argument("run", type=Path, help="run folder")
+    add_overrides(parser, "e.g. merge.method=nearest")
     parser.add_argument(
         "--force", action="store_true", help="also where the tuning is lost (merge.recovery)"
     )
@@ -21,11 +22,20 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     add_merge(parser)
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
-        "--to", nargs="+", metavar="NAME", help="which; default: those of the recipe"
+        "--to",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="which; default: those of the recipe",
     )
     which.add_argument(
         "--exact", action="store_true", help="all that are the very model that was trained"
     )
+
+
+def add_overrides(parser: argparse.ArgumentParser, example: str) -> None:
+    """Values of the recipe on the command line."""
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=example)
 
 
 def add_verify(parser: argparse.ArgumentParser) -> None:

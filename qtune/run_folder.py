@@ -16,6 +16,8 @@ from qtune.recipe_changes import changes, check_names, covers
 
 # what the base was calibrated with, and what its layers lose
 CALIBRATION = "calibration.json"
+# sections of the recipe that training does not look at
+LATER = ("evaluate", "merge")
 # bytes that must be free beyond what the run is known to write
 DISK_RESERVE = 1 << 28
 
@@ -96,11 +98,20 @@ def create(recipe: Recipe) -> RunFolder:
     return RunFolder(path, recipe)
 
 
-def open_run(path: Path) -> RunFolder:
-    """A run folder as an earlier command left it; raises UserError where it is none."""
+def open_run(path: Path, overrides: Sequence[str] = ()) -> RunFolder:
+    """A run folder as an earlier command left it, measured otherwise if `overrides` say so.
+
+    Raises UserError where it is none, and for overrides of what it was trained with.
+    """
+    for text in overrides:
+        if text.partition(".")[0] not in LATER:
+            raise UserError(
+                f"override '{text}': of a run that is trained only {' and '.join(LATER)} may be "
+                "changed; for the rest, train another"
+            )
     if not (path / "recipe.yaml").is_file():
         raise UserError(f"{path} is no run folder: it holds no recipe.yaml; give `run` of a recipe")
-    return RunFolder(path, recipe_yaml.load(path / "recipe.yaml"))
+    return RunFolder(path, recipe_yaml.load(path / "recipe.yaml", overrides))
 
 
 def check_disk(path: Path, needed: int) -> None:

@@ -105,8 +105,9 @@ def test_overrides_are_checked_wherever_they_stand(recipe_file, refused):
     assert "override 'lora.rank=x'" in refused("train", recipe_file, "--resume", "lora.rank=x")
     with pytest.raises(SystemExit):
         cli.main(["train", str(recipe_file), "--resmue"])
+    assert "'lora.rank=4': of a run that is trained" in refused("eval", "out", "lora.rank=4")
     with pytest.raises(SystemExit):
-        cli.main(["eval", "out", "lora.rank=4"])
+        cli.main(["report", "out", "evaluate.loss_rows=4"])
 
 
 def test_missing_recipe(recipe_file, refused):

@@ -87,3 +87,14 @@ def test_what_is_no_run(tmp_path, tiny_recipe):
         open_run(tmp_path)
     with pytest.raises(UserError, match="its training has not ended"):
         create(tiny_recipe()).check_trained()
+
+
+def test_a_trained_run_may_be_measured_otherwise_and_nothing_else(tiny_recipe):
+    recipe = tiny_recipe()
+    create(recipe)
+    opened = open_run(recipe.run, ["evaluate.loss_rows=7", "merge.recovery=0.5"]).recipe
+    assert (opened.evaluate.loss_rows, opened.merge.recovery) == (7, 0.5)
+    # of this command alone
+    assert open_run(recipe.run).recipe == recipe
+    with pytest.raises(UserError, match=r"'lora.rank=8': of a run that is trained only evaluate"):
+        open_run(recipe.run, ["lora.rank=8"])
