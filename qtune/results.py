@@ -123,7 +123,7 @@ class Results:
         self._keep(name, bases, None if refused else verdict.chosen)
         self.table.merge = verdict.merge
         self._run.write("merge.json", asdict(verdict) | {"layers": merging.layers(self._trained)})
-        measured = self.table.row(_title(verdict.chosen))
+        measured = self.table.row(_title(name, verdict.chosen))
         if measured and not refused:
             self._put(replace(measured, name=f"export {name}", kind="export"), measured.name)
         return refused and f"export {name}: {refused}"
@@ -140,7 +140,7 @@ class Results:
 
     def _merge_onto(self, name: str, onto: Onto) -> Row | None:
         trained = replace(self._trained, onto=onto)
-        return self._export(name, trained, f"{name}-{onto}", _title(onto), kind="merged")
+        return self._export(name, trained, f"{name}-{onto}", _title(name, onto), kind="merged")
 
     def _export(
         self, name: str, trained: Trained, folder_name: str, title: str, kind: Kind = "export"
@@ -250,8 +250,8 @@ def _adapter_bytes(run: RunFolder) -> int:
     return weight_bytes(run.adapter) - sum(p.stat().st_size for p in of_base if p.exists())
 
 
-def _title(onto: Onto) -> str:
-    return f"merged onto {onto}"
+def _title(name: str, onto: Onto) -> str:
+    return f"merged onto {onto}" if name == "bf16" else f"{name} merged onto {onto}"
 
 
 def asked_for(messages: Sequence[Message]) -> str:
